@@ -1,0 +1,46 @@
+# make demo, make test: all that a newcomer needs. Both build .venv first, once.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: help install demo test notebooks readme bench clean
+
+help:
+	@echo "make demo       find the batch size of a small learner: ends in under a minute"
+	@echo "make test       run the notebooks' tests and pytest"
+	@echo "make notebooks  execute every notebook afresh and keep its outputs"
+	@echo "make readme     make README.md from nbs/index.ipynb"
+	@echo "make bench      measure speed and memory"
+	@echo "make clean      remove what was built, .venv included"
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "Python 3.10 or later is needed: make PYTHON=/path/to/python3"; exit 1; }
+	@echo "Installing into $(VENV): some minutes the first time"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install -q -e '.[dev]'
+	@touch $@
+
+demo: install
+	@$(BIN)/python -m fastai_bs_finder
+
+test: install
+	$(BIN)/nbdev-test --n-workers 2
+	$(BIN)/python -m pytest
+
+notebooks: install
+	$(BIN)/python -m nbconvert --to notebook --execute --inplace nbs/*.ipynb
+	$(BIN)/nbdev-clean
+	$(BIN)/nbdev-export
+
+readme: install
+	$(BIN)/python nbs/readme.py
+
+bench: install
+	$(BIN)/python benchmarks/overhead.py
+	$(BIN)/python benchmarks/memory.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
