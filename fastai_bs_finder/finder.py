@@ -13,11 +13,12 @@ from functools import partial
 from numbers import Integral, Real
 
 import numpy as np, pandas as pd, torch
-from fastcore.basics import patch, noop, tuplify
+from fastcore.basics import patch, tuplify
 from fastcore.foundation import L
 from fastai.callback import progress
 from fastai.callback.core import Callback, TrainEvalCallback, CancelBatchException, CancelFitException, CancelValidException
 from fastai.callback.training import GradientAccumulation
+from fastai.imports import noop
 from fastai.learner import Learner
 from fastai.torch_core import find_bs
 from .noise import NoiseMeter
@@ -29,6 +30,8 @@ import fastai_bs_finder.plot
 _biased = ("step_every_batch=True is for comparison only: while every batch steps, the noise in one gradient moves the weights at which the next is taken. "
            "That biases the scale |G|² by about −lr·tr(HΣ)/b, and the noise scale comes out too large or negative at learning rates that train well. "
            "Leave it at False for a number to act on.")
+
+_not_finite = "the loss is not finite: lower lr"
 
 def _whole(name, x, least):
     if not isinstance(x, Integral) or isinstance(x, bool) or x < least: raise ValueError(f"{name}={x!r} is not a whole number of {least} or more")
@@ -80,6 +83,7 @@ class BSFinder(Callback):
         loss_scale = scaler.get_scale() if scaler else 1.
         grads = [p.grad for p in self._params]
         if not self._meter.add(grads, bs, loss_scale, skip_nonfinite=scaler is not None or self.learn.loss.device.type == 'cpu'):
+            if not torch.isfinite(self.learn.loss).all(): self._stop(_not_finite)
             if scaler: return  # the overflow goes its usual way: the scaler skips the step and lowers its scale
             self._skip_step()
         self._bs = max(self._bs, bs)
@@ -95,7 +99,7 @@ class BSFinder(Callback):
         "Complete a measurement, and leave its mean gradient for the step"
         samples,n = self._meter.sums.samples,len(self._meter.measured)
         loss,self._loss_sum = float(self._loss_sum/samples),0.
-        if not math.isfinite(loss): self._stop("the loss is not finite: lower lr")
+        if not math.isfinite(loss): self._stop(_not_finite)
         mean = self._meter.measure(loss_scale)
         self._to_train = self.n_train
         if len(self._meter.measured) == n: self._skip_step()  # not finite
@@ -136,9 +140,12 @@ class BSFinder(Callback):
 
 # %% ../nbs/04_finder.ipynb #251195c1
 def _check_lr(lr):
-    vals = [v for v in (lr.start, lr.stop) if v is not None] if isinstance(lr, slice) else L(lr, use_list=True) if not isinstance(lr, Real) else [lr]
-    if not len(vals) or (isinstance(lr, slice) and lr.stop is None) or not all(isinstance(v, Real) and math.isfinite(v) and v >= 0 for v in vals):
+    "`lr` as `fit` takes it"
+    if lr is None: return
+    vals = [v for v in (lr.start, lr.stop) if v is not None] if isinstance(lr, slice) else [lr] if isinstance(lr, Real) else list(L(lr))
+    if not vals or (isinstance(lr, slice) and lr.stop is None) or not all(isinstance(v, Real) and math.isfinite(v) and v >= 0 for v in vals):
         raise ValueError(f"lr={lr!r} is not a learning rate: give a finite number of 0 or more, a slice or a list of them, or None for the learner's own")
+    return float(lr) if isinstance(lr, Real) else lr
 
 def _n_batches(learn):
     "Number of batches in an epoch"
@@ -176,7 +183,7 @@ def bs_find(self:Learner,
     step_every_batch:bool=False, # Step after every batch, as older tools do? Biased: for comparison only
 ) -> tuple: # `SuggestedBS`, a named tuple of batch sizes with the names of `suggest_funcs`; `None` in it where nothing can be said
     "Launch a mock training to find a good batch size; see also `learn.recorder.bs_stats` and `learn.recorder.plot_bs_find`. Raises `ValueError` on bad input, before anything is touched"
-    if lr is not None: _check_lr(lr)
+    lr = _check_lr(lr)
     _check_learner(self)
     n_epoch_it = _n_batches(self)
     cb = BSFinder(n_epoch_it if num_it is None else num_it, n_batch, beta, n_train, step_every_batch)

@@ -23,6 +23,7 @@ from fastai.optimizer import _BaseOptimizer
 # %% ../nbs/01_snapshot.ipynb #ecbc53d5
 _walked = (nn.Module, _BaseOptimizer, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler, torch.amp.GradScaler, Callback, Metric,
            DataLoader, torch_data.DataLoader, torch_data.Sampler, CollBase, ReindexCollection)
+_data = 'dataset', 'data_source', 'coll'  # attributes of loaders and samplers that hold the data: large, and not changed by training
 
 def _global_rng():
     "`(setter, state)` of every global random generator"
@@ -83,7 +84,8 @@ class Snapshot:
             for v in o: self._visit(v)
         elif isinstance(o, _walked):
             self._undo_dict(vars(o))
-            for v in list(vars(o).values()): self._visit(v)
+            for k,v in list(vars(o).items()):
+                if k not in _data: self._visit(v)
 
     def _undo_numpy_rng(self, o):
         bits = o.bit_generator if isinstance(o, np.random.Generator) else o._bit_generator

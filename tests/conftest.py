@@ -1,0 +1,30 @@
+"Data for the tests, and what several of them need"
+import os, subprocess, sys
+from pathlib import Path
+
+import matplotlib
+import pytest
+
+matplotlib.use('agg')
+
+root = Path(__file__).parents[1]
+archives = root.parent/'shared/data'
+
+
+def _laid_out(name):
+    home = Path(os.environ.get('FASTAI_HOME', root/'.data')).absolute()
+    if not (home/'data'/name).exists() and (archives/'unpack.py').exists():
+        subprocess.run([sys.executable, archives/'unpack.py', home, name], check=True)
+    return home if (home/'data'/name).exists() else None
+
+
+@pytest.fixture
+def fastai_data(monkeypatch):
+    "A function: the folder that `untar_data` would return for a data set; skips the test where the data cannot be had"
+    def get(name):
+        home = _laid_out(name)
+        if home is None and os.environ.get('CI') == 'true' and archives.exists(): pytest.fail(f'{name} cannot be laid out from {archives}')
+        if home is None: pytest.skip(f'needs the data set {name}: set FASTAI_HOME to a folder that holds data/{name}')
+        monkeypatch.setenv('FASTAI_HOME', str(home))
+        return home/'data'/name
+    return get

@@ -1,0 +1,61 @@
+"python -m fastai_bs_finder, as a user types it"
+import os, re, subprocess, sys
+from pathlib import Path
+
+import pytest
+from fastai_bs_finder.suggest import round_bs
+
+root = Path(__file__).parents[1]
+
+
+def run(*args, cwd):
+    env = {k: v for k,v in os.environ.items() if k != 'FASTAI_HOME'} | {'PYTHONPATH': str(root), 'MPLBACKEND': 'agg'}
+    return subprocess.run([sys.executable, '-m', 'fastai_bs_finder', *args], cwd=cwd, env=env, capture_output=True, text=True, timeout=120)
+
+
+def test_finds_a_batch_size_and_saves_the_picture(tmp_path):
+    p = run(cwd=tmp_path)
+    assert p.returncode == 0, p.stderr
+    assert p.stderr == ''
+    lo,hi = map(int, re.search(r'The noise scale is \d+ examples \(95% interval (\d+) to (\d+)\), measured with bs=16 at lr=0.1\. bs=\d+ should reach', p.stdout).groups())
+    critical = int(re.search(r'SuggestedBS\(critical=(\d+)\)', p.stdout)[1])
+    assert 20 < lo <= 1.5*critical and critical <= 1.5*hi
+    assert '[1000/1000' in p.stdout and 'noise scale' in p.stdout
+    assert [f.name for f in tmp_path.iterdir()] == ['bs_find.png']
+    assert (tmp_path/'bs_find.png').read_bytes()[:4] == b'\x89PNG' and (tmp_path/'bs_find.png').stat().st_size > 20_000
+
+
+def test_options(tmp_path):
+    p = run('--lr', '.05', '--bs', '32', '--num-it', '100', '--n-batch', '5', '--beta', '.5', '--seed', '3', '--out', 'other.pdf', cwd=tmp_path)
+    assert p.returncode == 0 and 'with bs=32 at lr=0.05' in p.stdout and '[100/100' in p.stdout
+    assert [f.name for f in tmp_path.iterdir()] == ['other.pdf']
+    assert run('--num-it', '100', '--seed', '3', cwd=tmp_path).stdout.splitlines()[-2:] == run('--num-it', '100', '--seed', '3', cwd=tmp_path).stdout.splitlines()[-2:]
+
+
+def test_help(tmp_path):
+    p = run('--help', cwd=tmp_path)
+    assert p.returncode == 0 and 'handwritten digits' in p.stdout
+    for option in ('--lr', '--bs', '--num-it', '--n-batch', '--beta', '--seed', '--out'): assert option in p.stdout
+
+
+@pytest.mark.parametrize('args,words', [
+    (['--lr', 'fast'], "argument --lr: invalid float value: 'fast'"),
+    (['--lr', '-1'], 'lr=-1.0 is not a learning rate'),
+    (['--lr', 'nan'], 'lr=nan is not a learning rate'),
+    (['--bs', '0'], 'argument --bs: 0 is not between 1 and 1500'),
+    (['--n-batch', '1'], 'n_batch=1 is not a whole number of 2 or more'),
+    (['--num-it', '3'], 'num_it=3 is less than one measurement'),
+    (['--beta', '1'], 'beta=1.0 is not in [0, 1)'),
+    (['--out', 'nowhere/x.png'], 'there is no folder nowhere'),
+    (['--out', 'x.xls'], 'x.xls does not end in .png'),
+    (['--what'], 'unrecognized arguments: --what'),
+])
+def test_bad_arguments(args, words, tmp_path):
+    p = run(*args, cwd=tmp_path)
+    assert p.returncode == 2 and words in p.stderr and p.stderr.count('\n') == 1 and p.stdout == ''
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_training_that_fails_is_said(tmp_path):
+    p = run('--lr', '1e30', '--num-it', '60', cwd=tmp_path)
+    assert 'the loss is not finite: lower lr' in p.stdout and 'Traceback' not in p.stderr

@@ -1,0 +1,396 @@
+"The mock training, its result, its words and its errors"
+import math, re, warnings
+from copy import deepcopy
+from functools import partial
+
+import numpy as np, pandas as pd, pytest, torch
+from torch import nn
+from fastai.basics import (Adam, Callback, CancelBackwardException, CancelBatchException, CancelFitException, DataLoader, OptimWrapper, SGD, accuracy)
+from fastai.callback.all import (CSVLogger, EarlyStoppingCallback, GradientAccumulation, GradientClip, ReduceLROnPlateau, SaveModelCallback, ShowGraphCallback)
+
+import fastai_bs_finder.finder as finder
+from fastai_bs_finder.all import *
+from fastai_bs_finder.demo import digits_learner
+from reference import ema, mock_training
+
+
+@pytest.fixture
+def quiet():
+    "A function: run `bs_find` with no bar and no words; returns the suggestion"
+    def run(learn, *args, **kwargs):
+        with learn.no_bar(), learn.no_logging(): return learn.bs_find(*args, **{'show_plot': False, **kwargs})
+    return run
+
+
+class Spy(Callback):
+    "Notes in `log` what happens at each batch; a list of the caller's, which no snapshot sees"
+    order = -20   # before the finder, which ends the run after its last batch
+    def __init__(self, log): self.log = partial(list.append, log)
+    def after_batch(self): self.log(('batch', self.xb[0].clone(), self.yb[0].clone(), [p.detach().clone() for p in self.model.parameters()]))
+    def after_step(self): self.log(('step',))
+
+
+def as_double(learn):
+    "In float64, and with batches of one size, as the paper's equations have them"
+    learn.model.double()
+    learn.dls.train.drop_last = True
+    learn.dls.train.after_batch = lambda b: (b[0].double(), b[1])
+    return learn
+
+
+@pytest.mark.parametrize('opt_func,torch_opt', [
+    (SGD, partial(torch.optim.SGD, lr=.1)),
+    (partial(SGD, mom=.9), partial(torch.optim.SGD, lr=.1, momentum=.9)),
+    (partial(OptimWrapper, opt=torch.optim.Adam), partial(torch.optim.Adam, lr=.003)),
+    (partial(Adam, sqr_mom=.999, eps=1e-8, wd=0., decouple_wd=False), partial(torch.optim.Adam, lr=.003, betas=(.9, .999))),
+])
+def test_equals_the_second_implementation(quiet, opt_func, torch_opt):
+    lr,n_batch,n_train,beta = torch_opt.keywords['lr'],7,4,.8
+    learn,log = as_double(digits_learner(opt_func=opt_func)),[]
+    learn.add_cb(Spy(log))
+    model = deepcopy(learn.model)
+    quiet(learn, lr, 200, n_batch, beta, n_train)
+    batches = [(x, y) for kind,x,y,_ in [o for o in log if o[0] == 'batch']]
+    pairs = mock_training(model, torch_opt(model.parameters()), learn.loss_func, batches, n_batch, n_train)
+    stats = learn.recorder.bs_stats
+    assert len(stats) == len(pairs) == 18
+    np.testing.assert_allclose(stats[['raw_noise', 'raw_scale']], pairs, rtol=1e-5)
+    np.testing.assert_allclose(stats[['noise', 'scale']], ema(pairs, beta), rtol=1e-5)
+    np.testing.assert_allclose(stats.noise_scale, stats.noise/stats.scale, rtol=1e-12)
+
+
+def test_float32_too(quiet):
+    learn,log = digits_learner(),[]
+    learn.add_cb(Spy(log))
+    model = deepcopy(learn.model)
+    quiet(learn, .1, 60, n_train=5)
+    batches = [o[1:3] for o in log if o[0] == 'batch']
+    pairs = mock_training(model, torch.optim.SGD(model.parameters(), lr=.1), learn.loss_func, batches, 10, 5)
+    np.testing.assert_allclose(learn.recorder.bs_stats[['raw_noise', 'raw_scale']], pairs, rtol=1e-3)
+
+
+def test_the_weights_stand_still_during_a_measurement(quiet):
+    learn,log = digits_learner(),[]
+    learn.add_cb(Spy(log))
+    quiet(learn, .1, 40, n_batch=5, n_train=3)
+    weights = [o[3][0] for o in log if o[0] == 'batch']
+    moved = [not torch.equal(a, b) for a,b in zip(weights, weights[1:])]
+    assert moved == ([False]*3 + [True]*4 + [False])*4 + [False]*3 + [True]*4      # 5 at one place (the 5th steps), 3 steps, and again
+    assert sum(o == ('step',) for o in log) == 5*4
+
+
+def test_the_step_is_that_of_one_large_batch(quiet):
+    learn,log = as_double(digits_learner()),[]
+    learn.add_cb(Spy(log))
+    before = deepcopy(learn.model)
+    quiet(learn, .1, 10, n_batch=10)
+    x,y = torch.cat([o[1] for o in log if o[0] == 'batch']),torch.cat([o[2] for o in log if o[0] == 'batch'])
+    learn.loss_func(before(x), y).backward()   # fastai's loss works in float32
+    for p,got in zip(before.parameters(), [o for o in log if o[0] == 'batch'][-1][3]): torch.testing.assert_close(got, p.detach() - .1*p.grad, rtol=0, atol=1e-9)
+
+
+def test_stats(quiet):
+    learn = digits_learner()
+    sug = quiet(learn, .1, 100, n_batch=5, n_train=3)
+    s = learn.recorder.bs_stats
+    assert list(s.columns) == 'batch step samples loss noise scale noise_scale lo hi raw_noise raw_scale'.split()
+    assert list(s.batch[:3]) == [5, 13, 21] and list(s.step[:3]) == [0, 4, 8] and list(s.samples[:3]) == [80, 208, 336]
+    assert s.loss.iloc[0] > 2 and s.loss.iloc[-1] < 2.2
+    assert s[['lo', 'hi']].isna().all(axis=1).tolist() == [True]*2 + [False]*(len(s) - 2)
+    tail = s[2:]
+    assert ((tail.lo <= tail.noise_scale) & (tail.noise_scale <= tail.hi)).all()
+    assert s.attrs | dict(bs=16, lr=.1, n=1500, n_batch=5, n_train=3, num_it=100, beta=.9, stopped=None, suggested=dict(critical=sug.critical)) == s.attrs
+
+
+def test_the_loss_is_that_at_the_weights_of_the_measurement(quiet):
+    learn,log = digits_learner(),[]
+    learn.add_cb(Spy(log))
+    model = deepcopy(learn.model)
+    quiet(learn, .1, 10, n_batch=10)
+    losses = [nn.functional.cross_entropy(model(o[1]), o[2]).item() for o in log if o[0] == 'batch']
+    assert learn.recorder.bs_stats.loss[0] == pytest.approx(np.mean(losses), rel=1e-5)
+
+
+def test_positional_order(quiet, monkeypatch):
+    seen = {}
+    init = finder.BSFinder.__init__
+    def spy(self, *args): seen['args'] = args[:4]; init(self, *args)
+    monkeypatch.setattr(finder.BSFinder, '__init__', spy)
+    learn = digits_learner()
+    quiet(learn, .05, 30, 6, .5)
+    assert seen['args'][:3] == (30, 6, .5) and learn.recorder.bs_stats.attrs['lr'] == .05
+
+
+@pytest.mark.parametrize('num_it,batches', [(None, 94), (10, 10), (200, 200), (281, 281)])
+def test_spends_the_budget(quiet, num_it, batches):
+    learn,log = digits_learner(),[]
+    learn.add_cb(Spy(log))
+    quiet(learn, .1, num_it)
+    assert sum(o[0] == 'batch' for o in log) == batches
+    assert learn.recorder.bs_stats.attrs['num_it'] == batches and not learn.recorder.bs_stats.attrs['stopped']
+    assert len(learn.recorder.bs_stats) == 1 + (batches - 10)//20
+
+
+def test_no_validation(quiet):
+    learn = digits_learner(metrics=accuracy)
+    class NoValid(Callback):
+        def after_pred(self): assert self.training
+    learn.add_cb(NoValid())
+    quiet(learn, .1, 200)
+
+
+@pytest.mark.parametrize('lr,used', [(None, [.02, .02]), (.1, [.1, .1]), (slice(.01, .1), [.01, .1]), (slice(.1), [.01, .1]), ([.3, .4], [.3, .4]), (np.float32(.5), [.5, .5])])
+def test_lr_as_in_fit(quiet, lr, used):
+    learn,seen = digits_learner(lr=.02, splitter=lambda m: [list(m[0].parameters()), list(m[2].parameters())]),[]
+    class NoteLr(Callback):
+        def before_step(self, note=seen.append): note([h['lr'] for h in self.opt.hypers])
+    learn.add_cb(NoteLr())
+    quiet(learn, lr, 20)
+    np.testing.assert_allclose(seen, [used]*len(seen), rtol=1e-6)
+    assert learn.recorder.bs_stats.attrs['lr'] == pytest.approx(used[-1])
+
+
+def test_frozen_parameters_are_left_out(quiet):
+    res = []
+    for freeze in (False, True):
+        learn = digits_learner()
+        if freeze: learn.model[0].requires_grad_(False)
+        quiet(learn, 0., 60)
+        res.append(learn.recorder.bs_stats.raw_noise.sum())
+    assert res[1] < .9*res[0]
+
+
+def test_gradients_are_taken_before_clipping(quiet):
+    res = []
+    for cbs in (None, GradientClip(1e-3)):
+        learn = digits_learner(cbs=cbs)
+        quiet(learn, 0., 40)
+        res.append(learn.recorder.bs_stats)
+    pd.testing.assert_frame_equal(*res)
+
+
+def test_accumulation_is_set_aside(quiet):
+    res = []
+    for cbs in (None, GradientAccumulation(64)):
+        learn = digits_learner(cbs=cbs)
+        quiet(learn, .1, 60)
+        res.append(learn.recorder.bs_stats)
+    pd.testing.assert_frame_equal(*res)
+    assert hasattr(learn, 'gradient_accumulation') and learn.gradient_accumulation in learn.cbs
+
+
+def test_trackers_and_loggers_stand_aside(quiet, tmp_path):
+    learn = digits_learner(path=tmp_path, cbs=[SaveModelCallback(), EarlyStoppingCallback(), ReduceLROnPlateau(), CSVLogger(), ShowGraphCallback()])
+    (tmp_path/'history.csv').write_text('mine')
+    with learn.no_logging(): learn.bs_find(.1, 200, show_plot=False)
+    assert [p.name for p in tmp_path.rglob('*')] == ['history.csv'] and (tmp_path/'history.csv').read_text() == 'mine'
+    assert not hasattr(learn, 'lr_finder')
+
+
+def test_a_batch_whose_gradient_is_not_finite_is_left_out(quiet):
+    class Poison(Callback):
+        order = -20
+        def after_backward(self):
+            if self.train_iter == 3: next(self.model.parameters()).grad[0, 0] = math.inf
+    learn = digits_learner(cbs=Poison())
+    quiet(learn, .1, 60)
+    s = learn.recorder.bs_stats
+    assert s.batch[0] == 11 and s.samples[0] == 176 and np.isfinite(s.drop(columns=['lo', 'hi'])).all(axis=None)
+
+
+def test_cancelled_backward_and_batches_do_not_count(quiet):
+    class Cancel(Callback):
+        def before_backward(self):
+            if self.train_iter == 2: raise CancelBackwardException
+        def before_batch(self):
+            if self.train_iter == 5: raise CancelBatchException
+    learn = digits_learner(cbs=Cancel())
+    quiet(learn, .1, 40)
+    assert learn.recorder.bs_stats.batch[0] == 12
+
+
+def test_stops_where_the_loss_is_not_finite(capsys):
+    class Explode(Callback):
+        def after_loss(self):
+            if self.train_iter == 45: self.learn.loss_grad = self.learn.loss_grad*math.nan; self.learn.loss = self.loss*math.nan
+    learn = digits_learner(cbs=Explode())
+    sug = learn.bs_find(.1, 200, show_plot=False)
+    said = capsys.readouterr().out
+    assert re.search(r'Stopped after \d+ of 200 batches: the loss is not finite: lower lr\.', said)
+    assert len(learn.recorder.bs_stats) == 2 and sug.critical
+
+
+def test_nothing_but_nan(capsys):
+    learn = digits_learner(loss_func=lambda p,t: (p*math.nan).sum())
+    assert learn.bs_find(.1, 40) == (None,)
+    said = capsys.readouterr().out
+    assert 'Stopped after 1 of 40 batches: the loss is not finite' in said and 'no measurement of 10 batches was completed' in said
+    assert len(learn.recorder.bs_stats) == 0
+
+
+def test_a_callback_may_end_the_run(capsys):
+    class End(Callback):
+        def after_batch(self):
+            if self.train_iter == 65: raise CancelFitException
+    learn = digits_learner(cbs=End())
+    assert learn.bs_find(.1, 200, show_plot=False).critical
+    assert 'of 200 batches: a callback ended the training.' in capsys.readouterr().out
+
+
+def test_same_seed_same_numbers(quiet):
+    learn = digits_learner()
+    quiet(learn, .1, 100)
+    first = learn.recorder.bs_stats
+    quiet(learn, .1, 100)
+    pd.testing.assert_frame_equal(first, learn.recorder.bs_stats)
+
+
+def test_every_batch_steps_only_on_request(quiet):
+    learn,log = digits_learner(),[]
+    learn.add_cb(Spy(log))
+    with pytest.warns(UserWarning, match='for comparison only.*biases the scale'): quiet(learn, .1, 60, step_every_batch=True)
+    s = learn.recorder.bs_stats
+    assert list(s.batch) == [10, 20, 30, 40, 50, 60] and sum(o == ('step',) for o in log) == 60
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', UserWarning)
+        quiet(learn, .1, 60)
+
+
+def test_every_batch_steps_as_in_fit(quiet):
+    learn,log = digits_learner(),[]
+    learn.add_cb(Spy(log))
+    with pytest.warns(UserWarning): quiet(learn, .1, 50, step_every_batch=True)
+    found = [o[3] for o in log if o[0] == 'batch']
+    del log[:]
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, .1)
+    for a,b in zip(found, [o[3] for o in log if o[0] == 'batch']):
+        for p,q in zip(a, b): assert torch.equal(p, q)
+
+
+# The result
+
+def test_named_tuple_and_suggest_funcs(quiet):
+    learn = digits_learner()
+    def half(stats): return int(stats.noise_scale.iloc[-1]/2)
+    sug = quiet(learn, .1, 100, suggest_funcs=(critical, half, partial(average)))
+    assert type(sug).__name__ == 'SuggestedBS' and sug._fields == ('critical', 'half', 'average')
+    assert sug.half == int(learn.recorder.bs_stats.noise_scale.iloc[-1]/2)
+    assert quiet(learn, .1, 100, suggest_funcs=average)._fields == ('average',)
+    assert quiet(learn, .1, 100)._fields == ('critical',)
+    assert BSSuggestion.Critical is critical
+
+
+def rows(*last, n=1500, bs=16, **attrs):
+    "`bs_stats` whose rows end in `(noise_scale, lo, hi)`; a negative noise scale means a negative scale"
+    s = pd.DataFrame([dict(batch=10*i, step=i, samples=160*i, loss=1., noise=10., scale=10/ns, noise_scale=ns, lo=lo, hi=hi) for i,(ns,lo,hi) in enumerate(last, 1)],
+                     columns='batch step samples loss noise scale noise_scale lo hi'.split())
+    s.attrs.update(bs=bs, n=n, lr=.1, num_it=100, n_batch=10, n_train=10, stopped=None, step_every_batch=False, **attrs)
+    return s
+
+nan,inf = math.nan,math.inf
+
+@pytest.mark.parametrize('stats,bs,words', [
+    (rows((90, nan, nan), (95, 60, 130), (100, 80, 130)), 96, 'is 100 examples (95% interval 80 to 130), measured with bs=16 at lr=0.1. bs=96 should reach the same loss in about 0.28 of the steps'),
+    (rows(*[(5, 3, 9)]*3), 6, 'bs=6 should reach the same loss with about 0.52 of the examples of bs=16, in about 1.4 times as many steps'),
+    (rows(*[(15, 10, 20)]*3), 16, 'bs=16 is about right'),
+    (rows(*[(90_000, 70_000, 110_000)]*3), 1024, 'is 90,000 examples'),
+    (rows(*[(90_000, 70_000, 110_000)]*3, n=None), 98304, 'bs=98304'),
+    (rows(*[(700, 100, inf)]*3), 96, 'is at least 100 examples (95% sure)'),
+    (rows(*[(-700, 100, inf)]*3), 96, 'num_it=400) or take more batches per measurement (n_batch=40)'),
+    (rows(*[(-700, 100, inf)]*30), 96, 'cannot tell: take more batches per measurement (n_batch=40)'),
+    (rows(*[(700, 12, inf)]*3), 12, 'Nothing speaks against bs=16 so far.'),
+    (rows(*[(700, 0, inf)]*3), None, 'cannot be told yet'),
+    (rows(*[(-700, nan, nan)]*3), None, 'came out negative, and not by chance; either the training set is fitted'),
+    (rows((90, nan, nan)), 96, '1 measurement is too few to say how sure that is: spend more batches (num_it=190)'),
+    (rows((-90, nan, nan), (-80, nan, nan)), None, 'is not known yet'),
+    (rows(), None, 'no measurement of 10 batches was completed'),
+])
+def test_words(stats, bs, words):
+    said = bs_summary(stats)
+    assert critical(stats) == bs
+    assert words in said
+    assert not re.search(r'-\d', said) and 'nan' not in said and 'inf' not in said
+    assert said.count('. ') <= 3
+
+
+def test_a_diverging_training_is_no_place_to_measure(capsys):
+    learn = digits_learner()
+    learn.bs_find(100., 300, show_plot=False)
+    assert re.search(r'The training loss rose from 2\.\d+ to .*: lower lr', capsys.readouterr().out)
+
+
+def test_average():
+    assert average(rows((50, 40, inf), (100, 80, 130), (200, 150, 300))) == 128     # the mean of 100 and 200, rounded: 150
+    assert average(rows((50, 40, inf), (100, 80, inf), (200, 150, 300))) is None
+    assert average(rows()) is None
+
+
+@pytest.mark.parametrize('x,n,down,want', [(0, None, False, 1), (1.4, None, False, 1), (1.5, None, False, 2), (11, None, False, 12), (11, None, True, 8), (1e6, None, False, 1048576),
+                                          (1e9, 7, False, 6), (1e9, 1, False, 1), (5, 5, False, 4), (95.9, None, True, 64), (96, None, True, 96), (.2, None, True, 1)])
+def test_round_bs(x, n, down, want): assert round_bs(x, n, down) == want
+
+
+def test_round_bs_is_the_nearest():
+    cands = sorted({2**e for e in range(20)} | {3*2**e for e in range(20)})
+    for x in np.geomspace(1, 2e5, 500): assert round_bs(x) == min(cands, key=lambda c: abs(math.log(c) - math.log(x)))
+
+
+def test_silent_without_a_logger(quiet, capsys):
+    quiet(digits_learner(), .1, 40)
+    assert capsys.readouterr().out == ''
+
+
+def test_progress_bar(capsys):
+    learn = digits_learner()
+    learn.bs_find(.1, 300, show_plot=False)
+    shown = capsys.readouterr().out
+    assert '[300/300' in shown and re.search(r'noise scale \d+\]', shown) and 'Epoch' not in shown
+
+
+# Errors
+
+def no_target(learn): learn.dls.train.after_batch = lambda b: (b[0],)
+
+@pytest.mark.parametrize('kwargs,change,msg', [
+    (dict(n_batch=1), None, r'n_batch=1 is not a whole number of 2 or more'),
+    (dict(n_batch=2.5), None, r'n_batch=2.5 is not a whole number'),
+    (dict(n_train=-1), None, r'n_train=-1 is not a whole number of 0 or more'),
+    (dict(num_it=5), None, r'num_it=5 is less than one measurement of n_batch=10 batches: raise num_it to 10 or more'),
+    (dict(num_it=0), None, r'num_it=0 is not a whole number'),
+    (dict(num_it='all'), None, r"num_it='all' is not a whole number"),
+    (dict(n_batch=100), None, r'num_it=94 is less than one measurement of n_batch=100'),
+    (dict(beta=1), None, r'beta=1 is not in \[0, 1\)'),
+    (dict(beta=-.1), None, r'beta=-0.1 is not in \[0, 1\)'),
+    (dict(beta=nan), None, r'beta=nan is not in \[0, 1\)'),
+    (dict(beta='x'), None, r"beta='x' is not a number"),
+    (dict(lr=-.1), None, r'lr=-0.1 is not a learning rate: give a finite number of 0 or more'),
+    (dict(lr=inf), None, r'lr=inf is not a learning rate'),
+    (dict(lr=[.1, nan]), None, r'lr=\[0.1, nan\] is not a learning rate'),
+    (dict(lr=slice(None, -1.)), None, r'lr=slice\(None, -1.0, None\) is not a learning rate'),
+    (dict(lr=slice(.1, None)), None, r'is not a learning rate'),
+    (dict(lr='0.1'), None, r"lr='0.1' is not a learning rate"),
+    ({}, lambda l: l.dls.loaders.__setitem__(0, DataLoader([], bs=16)), r'training loader is empty: 0 examples make no batch of bs=16'),
+    ({}, lambda l: l.dls.loaders.__setitem__(0, l.dls.train.new(bs=2000, drop_last=True)), r'empty: 1500 examples make no batch of bs=2000 with drop_last=True. Lower bs'),
+    ({}, no_target, r'training loader yields no target'),
+    ({}, lambda l: l.model.requires_grad_(False), r'no trainable parameters'),
+    ({}, lambda l: setattr(l, 'loss_func', None), r"loss_func is None: set learn.loss_func"),
+])
+def test_errors(kwargs, change, msg):
+    learn = digits_learner()
+    if change: change(learn)
+    state,weights = dict(vars(learn)),deepcopy(learn.model.state_dict())
+    rng,cbs = learn.dls.train.rng.getstate(),list(learn.cbs)
+    with pytest.raises(ValueError, match=msg) as e: learn.bs_find(**kwargs)
+    assert '\n' not in str(e.value)
+    assert vars(learn) == state and list(learn.cbs) == cbs and learn.dls.train.rng.getstate() == rng and learn.opt is None
+    for k,v in learn.model.state_dict().items(): assert torch.equal(v, weights[k])
+
+
+def test_an_error_keeps_the_last_result(quiet):
+    learn = digits_learner()
+    quiet(learn, .1, 40)
+    stats = learn.recorder.bs_stats
+    with pytest.raises(ValueError): learn.bs_find(n_batch=0)
+    learn.model[0].forward = lambda x: 1/0
+    with pytest.raises(ZeroDivisionError): quiet(learn, .1, 40)
+    assert learn.recorder.bs_stats is stats

@@ -1,0 +1,219 @@
+"The estimator, against stored gradients, brute force and sampling"
+import math
+
+import numpy as np, pytest, torch
+from torch import nn
+
+from fastai_bs_finder.noise import GradSums, Noise, NoiseMeter, ema_weights, fieller, noise_and_scale, sq_norm
+from reference import ema, flat_grad, paper_estimate
+
+
+def model_and_batches(sizes, seed=0, dtype=torch.float32):
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(20, 30), nn.Tanh(), nn.Linear(30, 5)).to(dtype)
+    return model,[(torch.randn(b, 20, dtype=dtype), torch.randint(5, (b,))) for b in sizes]
+
+
+def gradients(model, x, y):
+    model.zero_grad()
+    nn.functional.cross_entropy(model(x), y).backward()
+    return [p.grad for p in model.parameters()]
+
+
+@pytest.mark.parametrize('b,k', [(1, 2), (8, 2), (16, 20), (3, 50)])
+def test_equal_sizes_are_the_papers_estimate(b, k):
+    model,batches = model_and_batches([b]*k)
+    sums,stored = GradSums(),[]
+    for x,y in batches:
+        sums.add(gradients(model, x, y), b)
+        stored.append(flat_grad(model))
+    np.testing.assert_allclose(sums.noise_and_scale(), paper_estimate(stored, b), rtol=1e-5)
+
+
+def test_unequal_sizes_against_stored_gradients():
+    sizes = [1, 16, 32, 7, 7, 2]
+    model,batches = model_and_batches(sizes)
+    sums,stored = GradSums(),[]
+    for x,y in batches:
+        sums.add(gradients(model, x, y), len(x))
+        stored.append(flat_grad(model))
+    b,g = torch.tensor(sizes).double(),torch.stack(stored)
+    N,m = b.sum(),(b[:, None]*g).sum(0)/b.sum()
+    noise = (b*((g - m)**2).sum(1)).sum()/(len(sizes) - 1)   # the weighted sample variance, written as such
+    np.testing.assert_allclose(sums.noise_and_scale(), (noise, (m**2).sum() - noise/N), rtol=1e-5)
+
+
+@pytest.mark.parametrize('sizes', [[16]*5, [1, 16, 32, 7], [1, 32], [31, 1, 1, 1, 1]])
+def test_unbiased(sizes):
+    rng = np.random.default_rng(0)
+    dim,n = 40,20_000
+    G,sd = np.full(dim, dim**-.5),5/dim**.5                    # |G|² = 1, S = 25
+    g = G + rng.normal(size=(n, len(sizes), dim))*sd/np.sqrt(sizes)[:, None]
+    b,N = np.array(sizes),sum(sizes)
+    A,C = ((g**2).sum(-1)*b).sum(1),(((g*b[:, None]).sum(1)/N)**2).sum(-1)*N
+    noise,scale = noise_and_scale(A, C, N, len(sizes))
+    for x,truth in ((noise, 25), (scale, 1)): assert abs(x.mean() - truth) < 4*x.std()/n**.5
+
+
+def test_gradients_stay_as_they_are():
+    model,((x, y), *_) = model_and_batches([8])
+    grads = gradients(model, x, y)
+    before = [g.clone() for g in grads]
+    sums = GradSums()
+    for _ in range(3): sums.add(grads, 8)
+    sums.noise_and_scale()
+    for g,old,mean in zip(grads, before, sums.pop_mean()):
+        assert torch.equal(g, old) and mean.data_ptr() != g.data_ptr()
+        torch.testing.assert_close(mean, old)
+
+
+def test_mean_is_that_of_all_examples():
+    model,batches = model_and_batches([5, 1, 30])
+    sums = GradSums()
+    for x,y in batches: sums.add(gradients(model, x, y), len(x))
+    want = gradients(model, torch.cat([x for x,_ in batches]), torch.cat([y for _,y in batches]))
+    for a,b in zip(sums.pop_mean(loss_scale=8.), want): torch.testing.assert_close(a, 8*b)
+    assert (sums.k, sums.samples) == (0, 0)
+
+
+def test_missing_gradients_count_as_zero():
+    g = [torch.tensor([3., 4.]), torch.tensor([1.])]
+    a,b = GradSums(),GradSums()
+    a.add([g[0], None], 2), a.add([None, g[1]], 4), a.add([None, None], 1)
+    b.add([g[0], torch.zeros(1)], 2), b.add([torch.zeros(2), g[1]], 4), b.add([torch.zeros(2), torch.zeros(1)], 1)
+    assert a.noise_and_scale() == b.noise_and_scale()
+    assert a.k == 3 and a.samples == 7
+
+
+def test_no_gradient_at_all_is_not_a_number():
+    sums = GradSums()
+    for _ in range(2): sums.add([None, None], 4)
+    assert all(map(math.isnan, sums.noise_and_scale()))
+    meter = NoiseMeter()
+    for _ in range(2): meter.add([None], 4)
+    meter.measure()
+    assert meter.measured == [] and math.isnan(meter.noise_scale)
+
+
+def test_sparse_equals_dense():
+    emb = nn.Embedding(10, 4)
+    sparse = nn.Embedding(10, 4, sparse=True)
+    sparse.load_state_dict(emb.state_dict())
+    a,b = GradSums(),GradSums()
+    for i in range(4):
+        idx = torch.randint(10, (6,), generator=torch.Generator().manual_seed(i))
+        for m,s in ((emb, a), (sparse, b)):
+            m.zero_grad(set_to_none=True)
+            (m(idx)**2).sum().backward()
+            s.add([m.weight.grad], 6)
+    np.testing.assert_allclose(a.noise_and_scale(), b.noise_and_scale(), rtol=1e-6)
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_low_precision_is_summed_in_float32(dtype):
+    big = torch.full((1000,), 200., dtype=dtype)               # the sum of squares is beyond float16
+    assert sq_norm([big, torch.ones(3)]).item() == pytest.approx(4e7 + 3)
+    sums = GradSums()
+    for _ in range(300): sums.add([torch.full((4,), .01, dtype=dtype)], 1)   # adding .01 to 3 is lost in bfloat16
+    mean, = sums.pop_mean()
+    assert mean.dtype == torch.float32
+    torch.testing.assert_close(mean, torch.full((4,), .01, dtype=dtype).float(), rtol=1e-5, atol=0)
+
+
+def test_loss_scale_falls_out_even_when_it_changes():
+    model,batches = model_and_batches([8]*4)
+    a,b = GradSums(),GradSums()
+    for i,(x,y) in enumerate(batches):
+        g = gradients(model, x, y)
+        a.add(g, 8)
+        b.add([v*2.**(16 - i) for v in g], 8, loss_scale=2.**(16 - i))
+    np.testing.assert_allclose(a.noise_and_scale(), b.noise_and_scale(), rtol=1e-6)
+
+
+@pytest.mark.parametrize('bad', [math.inf, math.nan])
+def test_a_batch_that_is_not_finite_can_be_left_out(bad):
+    sums = GradSums()
+    good = [torch.tensor([1., 2.])]
+    assert sums.add(good, 3, skip_nonfinite=True)
+    assert not sums.add([torch.tensor([1., bad])], 3, skip_nonfinite=True)
+    assert sums.add([torch.tensor([2., 1.])], 3, skip_nonfinite=True)
+    assert (sums.k, sums.samples) == (2, 6) and np.isfinite(sums.noise_and_scale()).all()
+
+
+def test_a_measurement_that_is_not_finite_is_left_out():
+    meter = NoiseMeter()
+    for values in ([1., 2.], [1., math.inf], [2., 1.]):
+        for v in values: meter.add([torch.tensor([v, 1.])], 4)
+        meter.measure()
+    assert len(meter.measured) == 2 and math.isfinite(meter.noise) and math.isfinite(meter.scale)
+
+
+def test_errors():
+    with pytest.raises(ValueError, match='beta=1.0 is not in'): NoiseMeter(beta=1.)
+    with pytest.raises(ValueError, match='beta=-0.1 is not in'): NoiseMeter(beta=-.1)
+    sums = GradSums()
+    sums.add([torch.ones(2)], 4)
+    with pytest.raises(ValueError, match='1 batches: .* 2 or more'): sums.noise_and_scale()
+    with pytest.raises(ValueError, match='2 gradients, but the batches before had 1'): sums.add([torch.ones(2)]*2, 4)
+
+
+@pytest.mark.parametrize('beta', [0., .5, .9, .99])
+def test_moving_average_is_the_recursion(beta):
+    rng = np.random.default_rng(0)
+    pairs = rng.normal(size=(30, 2)) + 3
+    meter = NoiseMeter(beta)
+    for t,want in enumerate(ema(pairs, beta), 1):
+        meter.measured = [Noise(*p) for p in pairs[:t]]
+        np.testing.assert_allclose((meter.noise, meter.scale), want, rtol=1e-10)
+        assert meter.noise_scale == pytest.approx(want[0]/want[1])
+
+
+@pytest.mark.parametrize('seed', range(200))
+def test_fieller_is_the_set_of_ratios_that_the_data_do_not_exclude(seed):
+    rng = np.random.default_rng(seed)
+    n = rng.integers(3, 30)
+    beta = rng.choice([.5, .9, 1.])
+    w = ema_weights(n, beta)
+    S = rng.normal(5, 1, n)
+    G = rng.normal(rng.choice([0, .1, 1]), .5, n)
+    lo,hi = fieller(S, G, w)
+    from scipy.stats import t
+    n_eff = 1/(w**2).sum()
+    R = np.geomspace(1e-3, 1e6, 20_000)
+    D = S[:, None] - R*G[:, None]                              # for each ratio R: a plain weighted t-test of mean(S − R·G) = 0
+    mean = w @ D
+    se = np.sqrt(w @ (D - mean)**2/(n_eff - 1))
+    inside = np.abs(mean) <= t.ppf(.975, n_eff - 1)*se
+    if math.isnan(lo): assert (w @ G) < 0 and not inside.any()
+    else: np.testing.assert_array_equal((R >= lo) & (R <= hi), inside)
+
+
+def test_fieller_needs_three():
+    assert all(map(math.isnan, fieller([1., 2.], [1., 2.])))
+    assert all(map(math.isnan, fieller([], [])))
+    assert all(map(math.isnan, fieller([1., 2., 3.], [1., 2., 3.], ema_weights(3, 0.))))
+
+
+def test_fieller_has_no_upper_end_where_the_scale_may_be_zero():
+    lo,hi = fieller([10., 11., 9., 10.], [.1, -.1, .2, -.05])
+    assert 0 < lo < 1000 and hi == math.inf
+    lo,hi = fieller([10., 11., 9., 10.], [1., 1.1, .9, 1.05])
+    assert 0 < lo < 10 < hi < 15
+
+
+def test_fieller_of_exact_data():
+    assert fieller([6.]*4, [2.]*4) == (3., 3.)
+    assert all(math.isnan(v) or v >= 0 for v in fieller([0.]*4, [0.]*4))
+
+
+def test_meter_says_what_it_knows():
+    meter = NoiseMeter()
+    assert 'nan' in repr(meter) and math.isnan(meter.noise)
+    torch.manual_seed(0)
+    for _ in range(8):
+        for _ in range(10): meter.add([1 + torch.randn(20)], 4)
+        assert meter.n_batch == 10
+        meter.measure()
+    lo,hi = meter.interval()
+    assert lo < meter.noise_scale < hi and f'{lo:.4g} to {hi:.4g}' in repr(meter)
+    assert meter.interval(.5)[0] > lo
