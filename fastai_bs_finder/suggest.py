@@ -105,7 +105,8 @@ def bs_summary(
     "The noise scale, how sure it is, and what it means for the batch size in use"
     res = [_noise_scale_in_words(stats)]
     if stats.attrs.get('stopped'): res.insert(0, stats.attrs['stopped'])
-    if len(stats) and stats.loss.iloc[-1] > 2*stats.loss.iloc[0]:
+    if stats.attrs.get('step_every_batch'): res.append("This is a biased number, for comparison only: every batch stepped.")
+    elif len(stats) and stats.loss.iloc[-1] > 2*stats.loss.iloc[0]:
         res.append(f"The training loss rose from {stats.loss.iloc[0]:.3g} to {stats.loss.iloc[-1]:.3g}: lower lr, the noise scale belongs to a training that works.")
     elif bs := critical(stats): res.append(_suggestion_in_words(stats, bs))
     return ' '.join(res)

@@ -284,7 +284,7 @@ def rows(*last, n=1500, bs=16, **attrs):
     "`bs_stats` whose rows end in `(noise_scale, lo, hi)`; a negative noise scale means a negative scale"
     s = pd.DataFrame([dict(batch=10*i, step=i, samples=160*i, loss=1., noise=10., scale=10/ns, noise_scale=ns, lo=lo, hi=hi) for i,(ns,lo,hi) in enumerate(last, 1)],
                      columns='batch step samples loss noise scale noise_scale lo hi'.split())
-    s.attrs.update(bs=bs, n=n, lr=.1, num_it=100, n_batch=10, n_train=10, stopped=None, step_every_batch=False, **attrs)
+    s.attrs.update(dict(bs=bs, n=n, lr=.1, num_it=100, n_batch=10, n_train=10, stopped=None, step_every_batch=False) | attrs)
     return s
 
 nan,inf = math.nan,math.inf
@@ -303,6 +303,7 @@ nan,inf = math.nan,math.inf
     (rows(*[(-700, nan, nan)]*3), None, 'came out negative, and not by chance; either the training set is fitted'),
     (rows((90, nan, nan)), 96, '1 measurement is too few to say how sure that is: spend more batches (num_it=190)'),
     (rows((-90, nan, nan), (-80, nan, nan)), None, 'is not known yet'),
+    (rows(*[(900, 700, 1100)]*3, step_every_batch=True), 1024, 'measured with bs=16 at lr=0.1. This is a biased number, for comparison only: every batch stepped.'),
     (rows(), None, 'no measurement of 10 batches was completed'),
 ])
 def test_words(stats, bs, words):

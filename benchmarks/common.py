@@ -1,0 +1,41 @@
+"The learner that the benchmarks measure, and what they print of the machine"
+import os, platform
+from datetime import date
+
+import fastai, torch
+from torch import nn
+from fastai.basics import Adam, Callback, CancelValidException, CrossEntropyLossFlat, DataLoader, DataLoaders, Learner, set_seed
+from fastai.callback.progress import ProgressCallback
+from fastai.imports import noop
+
+
+class NoValid(Callback):
+    "No validation, in `fit` as in `bs_find`"
+    order = -100
+    def before_validate(self): raise CancelValidException
+
+
+class Batches:
+    "A data set of ready-made examples in memory"
+    def __init__(self, n, width): self.x,self.y = torch.rand(n, width),torch.randint(10, (n,))
+    def __len__(self): return len(self.x)
+    def __getitem__(self, i): return self.x[i],self.y[i]
+
+
+def mlp_learner(n_it, widths=(784, 2048, 2048, 1024, 10), bs=64):
+    "A learner for an MLP with Adam and an epoch of `n_it` batches; the default has 7.9 million parameters"
+    set_seed(0)
+    ds = Batches(n_it*bs, widths[0])
+    dl = DataLoader(ds, bs=bs, create_batches=lambda idxs: ((ds.x[i:i + bs], ds.y[i:i + bs]) for i in range(0, len(ds), bs)))
+    layers = [m for a,b in zip(widths, widths[1:]) for m in (nn.Linear(a, b), nn.ReLU())][:-1]
+    learn = Learner(DataLoaders(dl, dl, device='cpu'), nn.Sequential(*layers), loss_func=CrossEntropyLossFlat(), opt_func=Adam, cbs=NoValid())
+    learn.logger = noop
+    return learn.remove_cb(ProgressCallback)
+
+
+def n_bytes(tensors): return sum(t.numel()*t.element_size() for t in tensors)
+
+
+def machine():
+    return (f'{date.today()}, {os.cpu_count()} cores ({platform.machine()}), Python {platform.python_version()}, torch {torch.__version__} with '
+            f'{torch.get_num_threads()} threads, fastai {fastai.__version__}')

@@ -1,0 +1,80 @@
+"What stands in two places says the same, and the project speaks of itself alone"
+import configparser, re, subprocess, sys
+from pathlib import Path
+
+import pytest
+
+root = Path(__file__).parents[1]
+tracked = subprocess.run(['git', 'ls-files'], cwd=root, capture_output=True, text=True).stdout.split('\n')[:-1]
+
+
+def test_settings_are_what_nbdev_reads():
+    from nbdev.config import get_config
+    cfg = get_config(root)
+    card = configparser.ConfigParser()
+    card.read(root/'settings.ini')
+    card = card['DEFAULT']
+    assert card['lib_name'] == card['repo'] == cfg.lib_name == cfg.title
+    for k in ('version', 'min_python', 'description', 'author', 'branch'): assert card[k] == str(getattr(cfg, k)), k
+    assert card['keywords'].split() == cfg.keywords and card['tst_flags'].split() == cfg.tst_flags
+    for k in ('lib_path', 'nbs_path', 'doc_path'): assert root/card[k] == cfg.path(k)
+    assert card.getboolean('recursive') == cfg.recursive
+
+
+def test_requirements_are_those_of_the_package():
+    from importlib.metadata import requires, version
+    card = configparser.ConfigParser()
+    card.read(root/'settings.ini')
+    norm = lambda reqs: sorted(r.replace(' ', '').replace('<4,>=3.3.26', '>=3.3.26,<4') for r in reqs)
+    found = requires('fastai_bs_finder')
+    assert norm(card['DEFAULT']['requirements'].split()) == norm(r for r in found if 'extra' not in r)
+    assert norm(card['DEFAULT']['dev_requirements'].split()) == norm(r.split(';')[0] for r in found if 'extra == "dev"' in r)
+    assert version('fastai_bs_finder') == card['DEFAULT']['version']
+
+
+def test_readme_is_the_index_notebook(monkeypatch):
+    monkeypatch.syspath_prepend(root/'nbs')
+    from readme import readme
+    text,pictures = readme()
+    assert (root/'README.md').read_text() == text, 'run make readme'
+    assert pictures and {name: (root/name).read_bytes() for name in pictures} == pictures
+    assert {str(p.relative_to(root)) for p in (root/'README_files').iterdir()} == set(pictures)
+
+
+def test_links_of_the_readme_lead_somewhere():
+    for target in re.findall(r'\]\(([^)#]+)', (root/'README.md').read_text()):
+        assert target.startswith('https://') or (root/target).exists(), target
+
+
+def test_everything_public_comes_with_one_import():
+    import fastai_bs_finder.all as everything
+    from fastai.learner import Learner, Recorder
+    for name in 'noise_and_scale fieller ema_weights GradSums NoiseMeter round_bs critical average BSSuggestion rel_steps rel_examples bs_summary BSFinder no_footprint'.split():
+        assert hasattr(everything, name), name
+    assert callable(Learner.bs_find) and callable(Recorder.plot_bs_find)
+
+
+def public():
+    import inspect
+    import fastai_bs_finder.all as everything
+    from fastai.learner import Learner, Recorder
+    for name,o in vars(everything).items():
+        if getattr(o, '__module__', '').startswith('fastai_bs_finder') and not name.startswith('_'): yield name,o
+    yield 'Learner.bs_find',Learner.bs_find
+    yield 'Recorder.plot_bs_find',Recorder.plot_bs_find
+
+
+@pytest.mark.parametrize('name,o', list(public()), ids=lambda v: v if isinstance(v, str) else '')
+def test_every_parameter_has_a_docment(name, o):
+    import inspect
+    from fastcore.docments import docments
+    assert o.__doc__, name
+    if inspect.isclass(o) and (o.__init__ is object.__init__ or issubclass(o, tuple)) or name == 'BSSuggestion': return
+    for param,doc in docments(o, returns=False).items(): assert param == 'self' or doc, f'{name}: {param}'
+
+
+@pytest.mark.parametrize('path', [p for p in tracked if not p.endswith(('.png', 'LICENSE'))])
+def test_no_word_of_machines_and_hosts(path):
+    if path == 'tests/test_project.py' or not (root/path).exists(): return
+    text = (root/path).read_text()
+    for word in ('/work/', '/root/', '/tmp/', '/home/', 'pypi.org', 'pythonhosted', 'FILL_IN', 'TODO'): assert word not in text, word
