@@ -41,6 +41,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'fastai_bs_finder/finder.py'),
                                          'fastai_bs_finder.finder._check_lr': ('finder.html#_check_lr', 'fastai_bs_finder/finder.py'),
                                          'fastai_bs_finder.finder._n_batches': ('finder.html#_n_batches', 'fastai_bs_finder/finder.py'),
+                                         'fastai_bs_finder.finder._names': ('finder.html#_names', 'fastai_bs_finder/finder.py'),
                                          'fastai_bs_finder.finder._train_size': ('finder.html#_train_size', 'fastai_bs_finder/finder.py'),
                                          'fastai_bs_finder.finder._whole': ('finder.html#_whole', 'fastai_bs_finder/finder.py')},
             'fastai_bs_finder.noise': { 'fastai_bs_finder.noise.GradSums': ('noise.html#gradsums', 'fastai_bs_finder/noise.py'),

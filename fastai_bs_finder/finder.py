@@ -12,11 +12,12 @@ from collections.abc import Callable
 from functools import partial
 from numbers import Integral, Real
 
-import numpy as np, pandas as pd, torch
+import pandas as pd, torch
 from fastcore.basics import patch, tuplify
 from fastcore.foundation import L
 from fastai.callback import progress
 from fastai.callback.core import Callback, TrainEvalCallback, CancelBatchException, CancelFitException, CancelValidException
+from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.training import GradientAccumulation
 from fastai.imports import noop
 from fastai.learner import Learner
@@ -56,14 +57,13 @@ class BSFinder(Callback):
             raise ValueError(f"num_it={num_it} is less than one measurement of n_batch={n_batch} batches: raise num_it to {n_batch} or more (30 measurements are "
                              f"{30*(n_batch + n_train)}), or lower n_batch")
         if not isinstance(beta, Real): raise ValueError(f"beta={beta!r} is not a number in [0, 1)")
-        if step_every_batch: warnings.warn(_biased, stacklevel=2)
+        if step_every_batch: warnings.warn(_biased, stacklevel=3)
         self.num_it,self.n_batch,self.beta,self.n_train,self.step_every_batch,self.pbar = num_it,n_batch,beta,n_train,step_every_batch,pbar
         self._start()
 
     def _start(self):
-        self._meter,self._rows,self._lr = NoiseMeter(self.beta),[],math.nan
-        self._spent,self._steps,self._seen,self._to_train,self._loss_sum = 0,0,0,0,0.
-        self._bs,self.stopped,self.error = 0,None,None
+        self._meter,self._rows,self._lr,self._bs,self.stopped,self.error = NoiseMeter(self.beta),[],math.nan,0,None,None
+        self._spent,self._seen,self._steps,self._to_train,self._loss_sum = 0,0,0,0,0.
 
     def before_fit(self):
         self._start()
@@ -74,69 +74,77 @@ class BSFinder(Callback):
         if not len(self.yb): self._stop(error=ValueError("The training loader yields no target: a loss, and its gradient, need one. Give the loader targets, or set dls.n_inp"))
         self._measuring,self._has_grads = self._to_train == 0,True
 
-    def after_cancel_backward(self): self._has_grads = False
-
-    def after_backward(self):
-        if not (self._measuring and self._has_grads): return
-        bs,scaler = find_bs(self.yb),getattr(self.learn, 'scaler', None)
-        if not (scaler and scaler.is_enabled()): scaler = None
-        loss_scale = scaler.get_scale() if scaler else 1.
-        grads = [p.grad for p in self._params]
-        if not self._meter.add(grads, bs, loss_scale, skip_nonfinite=scaler is not None or self.learn.loss.device.type == 'cpu'):
-            if not torch.isfinite(self.learn.loss).all(): self._stop(_not_finite)
-            if scaler: return  # the overflow goes its usual way: the scaler skips the step and lowers its scale
-            self._skip_step()
-        self._bs = max(self._bs, bs)
-        self._loss_sum = self._loss_sum + self.learn.loss.detach().mean()*bs
-        if self._meter.n_batch == self.n_batch: self._complete(bs, loss_scale)
-        elif not self.step_every_batch: self._skip_step()
-
-    def _skip_step(self):
-        for p in self._params: p.grad = None
-        raise CancelBatchException
-
-    def _complete(self, bs, loss_scale):
-        "Complete a measurement, and leave its mean gradient for the step"
-        samples,n = self._meter.sums.samples,len(self._meter.measured)
-        loss,self._loss_sum = float(self._loss_sum/samples),0.
-        if not math.isfinite(loss): self._stop(_not_finite)
-        mean = self._meter.measure(loss_scale)
-        self._to_train = self.n_train
-        if len(self._meter.measured) == n: self._skip_step()  # not finite
-        raw,ema,(lo,hi) = self._meter.measured[-1],self._meter.mean,self._meter.interval()
-        if not self._rows: self._lr = float(self.opt.hypers[-1]['lr'])
-        self._rows.append(dict(batch=self._spent + 1, step=self._steps, samples=self._seen + bs, loss=loss, noise=ema.noise, scale=ema.scale,
-                               noise_scale=ema.noise_scale, lo=lo, hi=hi, raw_noise=raw.noise, raw_scale=raw.scale))
-        if self.pbar: self.pbar.comment = f'noise scale {ema.noise_scale:.0f}' if hi < math.inf else f'noise scale at least {lo:.0f}' if hi == math.inf else ''
-        if not self.step_every_batch:
-            for p,g in zip(self._params, mean): p.grad = None if g is None else g.to(p.dtype)
-
-    def after_step(self): self._steps += 1
-    def after_cancel_step(self): self._steps -= 1  # `after_step` follows
-
-    def after_batch(self):
-        self._spent += 1
-        self._seen += find_bs(self.yb)
-        if not self._measuring: self._to_train -= 1
-        if self.pbar: self.pbar.update(self._spent)
-        if self._spent >= self.num_it: raise CancelFitException
-
     def before_validate(self): raise CancelValidException
 
     def _stop(self, why=None, error=None):
-        self.stopped = why and f"Stopped after {self._spent + 1} of {self.num_it} batches: {why}."
-        self.error = error
+        self.stopped,self.error = why and f"Stopped after {self._spent + 1} of {self.num_it} batches: {why}.",error
         raise CancelFitException
 
-    @property
-    def stats(self) -> pd.DataFrame:
-        "A row per measurement, and in `attrs` what it was taken with"
-        if not self.stopped and self._spent < self.num_it: self.stopped = f"Stopped after {self._spent} of {self.num_it} batches: a callback ended the training."
-        cols = 'batch step samples loss noise scale noise_scale lo hi raw_noise raw_scale'.split()
-        res = pd.DataFrame(self._rows, columns=cols)
-        res.attrs.update(bs=self._bs, lr=self._lr, num_it=self.num_it, n_batch=self.n_batch, beta=self.beta, n_train=self.n_train,
-                         step_every_batch=self.step_every_batch, stopped=self.stopped)
-        return res
+# %% ../nbs/04_finder.ipynb #7a8d5fcb
+@patch
+def after_cancel_backward(self:BSFinder): self._has_grads = False
+
+@patch
+def after_backward(self:BSFinder):
+    if not (self._measuring and self._has_grads): return
+    bs = find_bs(self.yb)
+    scaler = self.scaler if any(isinstance(cb, MixedPrecision) for cb in self.learn.cbs) and self.scaler.is_enabled() else None
+    loss_scale = scaler.get_scale() if scaler else 1.
+    look = scaler is not None or self.learn.loss.device.type == 'cpu'
+    if not self._meter.add([p.grad for p in self._params], bs, loss_scale, skip_nonfinite=look):
+        if not torch.isfinite(self.learn.loss).all(): self._stop(_not_finite)
+        if scaler: return
+        self._skip_step()
+    self._bs = max(self._bs, bs)
+    self._loss_sum = self._loss_sum + self.learn.loss.detach().mean()*bs
+    if self._meter.n_batch == self.n_batch: self._complete(bs, loss_scale)
+    elif not self.step_every_batch: self._skip_step()
+
+@patch
+def _skip_step(self:BSFinder):
+    for p in self._params: p.grad = None
+    raise CancelBatchException
+
+# %% ../nbs/04_finder.ipynb #5265bac9
+@patch
+def _complete(self:BSFinder, bs, loss_scale):
+    samples,n = self._meter.sums.samples,len(self._meter.measured)
+    loss,self._loss_sum = float(self._loss_sum/samples),0.
+    if not math.isfinite(loss): self._stop(_not_finite)
+    mean = self._meter.measure(loss_scale)
+    self._to_train = self.n_train
+    if len(self._meter.measured) == n: self._skip_step()  # a measurement that is not finite
+    raw,ema,(lo,hi) = self._meter.measured[-1],self._meter.mean,self._meter.interval()
+    if not self._rows: self._lr = float(self.opt.hypers[-1]['lr'])
+    self._rows.append(dict(batch=self._spent + 1, step=self._steps, samples=self._seen + bs, loss=loss, noise=ema.noise, scale=ema.scale,
+                           noise_scale=ema.noise_scale, lo=lo, hi=hi, raw_noise=raw.noise, raw_scale=raw.scale))
+    if self.pbar and not math.isnan(hi): self.pbar.comment = f'noise scale at least {lo:.0f}' if hi == math.inf else f'noise scale {ema.noise_scale:.0f}'
+    if not self.step_every_batch:
+        for p,g in zip(self._params, mean): p.grad = None if g is None else g.to(p.dtype)
+
+# %% ../nbs/04_finder.ipynb #eff9d22f
+@patch
+def after_step(self:BSFinder): self._steps += 1
+
+@patch
+def after_cancel_step(self:BSFinder): self._steps -= 1  # `after_step` follows
+
+@patch
+def after_batch(self:BSFinder):
+    self._spent += 1
+    self._seen += find_bs(self.yb)
+    if not self._measuring: self._to_train -= 1
+    if self.pbar: self.pbar.update(self._spent)
+    if self._spent >= self.num_it: raise CancelFitException
+
+@patch(as_prop=True)
+def stats(self:BSFinder) -> pd.DataFrame: # A row per measurement, and in `attrs` what it was taken with
+    "The measurements so far"
+    if not self.stopped and self._spent < self.num_it: self.stopped = f"Stopped after {self._spent} of {self.num_it} batches: a callback ended the training."
+    res = pd.DataFrame(self._rows, columns='batch step samples loss noise scale noise_scale lo hi raw_noise raw_scale'.split())
+    res.attrs.update(bs=self._bs, lr=self._lr, num_it=self.num_it, n_batch=self.n_batch, beta=self.beta, n_train=self.n_train,
+                     step_every_batch=self.step_every_batch, stopped=self.stopped)
+    return res
 
 # %% ../nbs/04_finder.ipynb #251195c1
 def _check_lr(lr):
@@ -161,6 +169,14 @@ def _check_learner(learn):
     if not any(p.requires_grad for p in learn.model.parameters()):
         raise ValueError("The model has no trainable parameters: there is no gradient to measure. Unfreeze it (learn.unfreeze()), or set requires_grad on the parameters to train")
 
+# %% ../nbs/04_finder.ipynb #86067574
+def _names(funcs):
+    "The fields of the result"
+    names = [getattr(f.func if isinstance(f, partial) else f, '__name__', repr(f)) for f in funcs]
+    if len(set(names)) < len(names) or not all(n.isidentifier() and not n.startswith('_') for n in names):
+        raise ValueError(f"suggest_funcs are called {', '.join(names)}: the fields of the result are named after them, so give each function (no lambda) a name of its own, without leading underscore")
+    return names
+
 # %% ../nbs/04_finder.ipynb #272e6cd7
 _aside = (progress.ProgressCallback, progress.ShowGraphCallback, progress.CSVLogger, GradientAccumulation)  # what shows, logs, or changes what a gradient is
 
@@ -183,7 +199,8 @@ def bs_find(self:Learner,
     step_every_batch:bool=False, # Step after every batch, as older tools do? Biased: for comparison only
 ) -> tuple: # `SuggestedBS`, a named tuple of batch sizes with the names of `suggest_funcs`; `None` in it where nothing can be said
     "Launch a mock training to find a good batch size; see also `learn.recorder.bs_stats` and `learn.recorder.plot_bs_find`. Raises `ValueError` on bad input, before anything is touched"
-    lr = _check_lr(lr)
+    lr,funcs = _check_lr(lr),tuplify(suggest_funcs)
+    names = _names(funcs)
     _check_learner(self)
     n_epoch_it = _n_batches(self)
     cb = BSFinder(n_epoch_it if num_it is None else num_it, n_batch, beta, n_train, step_every_batch)
@@ -201,9 +218,8 @@ def bs_find(self:Learner,
 
     stats = cb.stats
     stats.attrs['n'] = _train_size(self)
-    funcs = tuplify(suggest_funcs)
-    stats.attrs['suggested'] = {(f.func if isinstance(f, partial) else f).__name__: f(stats) for f in funcs}
+    stats.attrs['suggested'] = {name: f(stats) for name,f in zip(names, funcs)}
     self.recorder.bs_stats = stats
     if self.logger is not noop: print(bs_summary(stats))
     if show_plot and len(stats): self.recorder.plot_bs_find()
-    return namedtuple('SuggestedBS', stats.attrs['suggested'])(**stats.attrs['suggested'])
+    return namedtuple('SuggestedBS', names)(**stats.attrs['suggested'])

@@ -7,7 +7,6 @@ __all__ = ['Noise', 'noise_and_scale', 'sq_norm', 'GradSums', 'ema_weights', 'fi
 
 # %% ../nbs/00_noise.ipynb #02da8736
 from typing import NamedTuple
-from numbers import Integral
 import math, numpy as np, torch
 from scipy import stats
 

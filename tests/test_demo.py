@@ -3,6 +3,7 @@ import os, re, subprocess, sys
 from pathlib import Path
 
 import pytest
+
 from fastai_bs_finder.suggest import round_bs
 
 root = Path(__file__).parents[1]
@@ -17,9 +18,9 @@ def test_finds_a_batch_size_and_saves_the_picture(tmp_path):
     p = run(cwd=tmp_path)
     assert p.returncode == 0, p.stderr
     assert p.stderr == ''
-    lo,hi = map(int, re.search(r'The noise scale is \d+ examples \(95% interval (\d+) to (\d+)\), measured with bs=16 at lr=0.1\. bs=\d+ should reach', p.stdout).groups())
-    critical = int(re.search(r'SuggestedBS\(critical=(\d+)\)', p.stdout)[1])
-    assert 20 < lo <= 1.5*critical and critical <= 1.5*hi
+    said = re.search(r'The noise scale is (\d+) examples \(95% interval (\d+) to (\d+)\), measured with bs=16 at lr=0\.1\. bs=(\d+) should reach', p.stdout)
+    noise_scale,lo,hi,bs = map(int, said.groups())
+    assert 20 < lo < noise_scale < hi and bs == round_bs(noise_scale) and f'SuggestedBS(critical={bs})' in p.stdout
     assert '[1000/1000' in p.stdout and 'noise scale' in p.stdout
     assert [f.name for f in tmp_path.iterdir()] == ['bs_find.png']
     assert (tmp_path/'bs_find.png').read_bytes()[:4] == b'\x89PNG' and (tmp_path/'bs_find.png').stat().st_size > 20_000

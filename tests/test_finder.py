@@ -6,7 +6,8 @@ from functools import partial
 import numpy as np, pandas as pd, pytest, torch
 from torch import nn
 from fastai.basics import (Adam, Callback, CancelBackwardException, CancelBatchException, CancelFitException, DataLoader, OptimWrapper, SGD, accuracy)
-from fastai.callback.all import (CSVLogger, EarlyStoppingCallback, GradientAccumulation, GradientClip, ReduceLROnPlateau, SaveModelCallback, ShowGraphCallback)
+from fastai.callback.all import (CSVLogger, EarlyStoppingCallback, GradientAccumulation, GradientClip, MixedPrecision, ReduceLROnPlateau, SaveModelCallback,
+                                 ShowGraphCallback)
 
 import fastai_bs_finder.finder as finder
 from fastai_bs_finder.all import *
@@ -187,15 +188,44 @@ def test_trackers_and_loggers_stand_aside(quiet, tmp_path):
     assert not hasattr(learn, 'lr_finder')
 
 
+class Overflow(Callback):
+    "An infinite gradient at the fourth batch"
+    order = -20
+    def after_backward(self):
+        if self.train_iter == 3: next(self.model.parameters()).grad[0, 0] = math.inf
+
+
 def test_a_batch_whose_gradient_is_not_finite_is_left_out(quiet):
-    class Poison(Callback):
-        order = -20
-        def after_backward(self):
-            if self.train_iter == 3: next(self.model.parameters()).grad[0, 0] = math.inf
-    learn = digits_learner(cbs=Poison())
+    learn = digits_learner(cbs=Overflow)
     quiet(learn, .1, 60)
     s = learn.recorder.bs_stats
     assert s.batch[0] == 11 and s.samples[0] == 176 and np.isfinite(s.drop(columns=['lo', 'hi'])).all(axis=None)
+
+
+class Scaling(MixedPrecision):
+    "fastai's loss scaling, without autocast and on the CPU"
+    def before_fit(self): self.learn.scaler,self.scales,self.autocast = torch.amp.GradScaler('cpu', **self.kwargs),[],torch.autocast('cpu', enabled=False)
+
+
+@pytest.mark.parametrize('overflow', [[], [Overflow]])
+def test_loss_scaling(quiet, overflow):
+    learn,scaled = digits_learner(cbs=overflow),digits_learner(cbs=[*overflow, Scaling()])
+    scales = []
+    scaled.add_cb(Callback(after_batch=lambda cb=None: scales.append(scaled.scaler.get_scale())))
+    quiet(learn, .1, 60)
+    quiet(scaled, .1, 60)
+    a,b = learn.recorder.bs_stats,scaled.recorder.bs_stats
+    assert (a.batch == b.batch).all() and (a.step == b.step).all() and a.batch[0] == (11 if overflow else 10)
+    np.testing.assert_allclose(a[['noise', 'scale', 'loss']], b[['noise', 'scale', 'loss']], rtol=1e-3)
+    assert set(scales[3:]) == {2.**15 if overflow else 2.**16}   # the scaler saw the overflow, and nothing else
+
+
+def test_a_scaler_left_from_earlier_training_is_not_used(quiet):
+    learn,other = digits_learner(),digits_learner()
+    other.scaler = torch.amp.GradScaler('cpu', init_scale=2.**16)
+    quiet(learn, .1, 60)
+    quiet(other, .1, 60)
+    pd.testing.assert_frame_equal(learn.recorder.bs_stats, other.recorder.bs_stats)
 
 
 def test_cancelled_backward_and_batches_do_not_count(quiet):
@@ -370,6 +400,8 @@ def no_target(learn): learn.dls.train.after_batch = lambda b: (b[0],)
     (dict(lr=slice(None, -1.)), None, r'lr=slice\(None, -1.0, None\) is not a learning rate'),
     (dict(lr=slice(.1, None)), None, r'is not a learning rate'),
     (dict(lr='0.1'), None, r"lr='0.1' is not a learning rate"),
+    (dict(suggest_funcs=lambda stats: 3), None, r'suggest_funcs are called <lambda>: .* a name of its own'),
+    (dict(suggest_funcs=(critical, partial(critical))), None, r'suggest_funcs are called critical, critical'),
     ({}, lambda l: l.dls.loaders.__setitem__(0, DataLoader([], bs=16)), r'training loader is empty: 0 examples make no batch of bs=16'),
     ({}, lambda l: l.dls.loaders.__setitem__(0, l.dls.train.new(bs=2000, drop_last=True)), r'empty: 1500 examples make no batch of bs=2000 with drop_last=True. Lower bs'),
     ({}, no_target, r'training loader yields no target'),

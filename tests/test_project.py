@@ -1,5 +1,5 @@
 "What stands in two places says the same, and the project speaks of itself alone"
-import configparser, re, subprocess, sys
+import configparser, re, subprocess
 from pathlib import Path
 
 import pytest
@@ -55,7 +55,6 @@ def test_everything_public_comes_with_one_import():
 
 
 def public():
-    import inspect
     import fastai_bs_finder.all as everything
     from fastai.learner import Learner, Recorder
     for name,o in vars(everything).items():
