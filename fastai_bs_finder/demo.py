@@ -50,6 +50,8 @@ def main(
     parser = _parser()
     args = parser.parse_args(argv)
     if not 1 <= args.bs <= 1500: parser.error(f'argument --bs: {args.bs} is not between 1 and 1500, the number of training examples')
+    if not 0 <= args.seed < 2**32: parser.error(f'argument --seed: {args.seed} is not between 0 and 2**32 - 1')
+    if args.out.is_dir(): parser.error(f'argument --out: {args.out} is a folder')
     if not args.out.absolute().parent.is_dir(): parser.error(f'argument --out: there is no folder {args.out.parent}')
     if args.out.suffix.lower() not in ('.png', '.pdf', '.svg', '.jpg'): parser.error(f'argument --out: {args.out.name} does not end in .png, .pdf, .svg or .jpg')
     warnings.filterwarnings('ignore', r'.*torch\.jit', FutureWarning)  # fastai's imports, with a recent PyTorch

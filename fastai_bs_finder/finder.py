@@ -13,6 +13,7 @@ from functools import partial
 from numbers import Integral, Real
 
 import pandas as pd, torch
+from torch.nn.parameter import is_lazy
 from fastcore.basics import patch, tuplify
 from fastcore.foundation import L
 from fastai.callback import progress
@@ -22,7 +23,7 @@ from fastai.callback.training import GradientAccumulation
 from fastai.imports import noop
 from fastai.learner import Learner
 from fastai.torch_core import find_bs
-from .noise import NoiseMeter
+from .noise import GradSums, NoiseMeter
 from .snapshot import no_footprint
 from .suggest import bs_summary, critical
 import fastai_bs_finder.plot
@@ -31,8 +32,6 @@ import fastai_bs_finder.plot
 _biased = ("step_every_batch=True is for comparison only: while every batch steps, the noise in one gradient moves the weights at which the next is taken. "
            "That biases the scale |G|² by about −lr·tr(HΣ)/b, and the noise scale comes out too large or negative at learning rates that train well. "
            "Leave it at False for a number to act on.")
-
-_not_finite = "the loss is not finite: lower lr"
 
 def _whole(name, x, least):
     if not isinstance(x, Integral) or isinstance(x, bool) or x < least: raise ValueError(f"{name}={x!r} is not a whole number of {least} or more")
@@ -62,17 +61,14 @@ class BSFinder(Callback):
         self._start()
 
     def _start(self):
-        self._meter,self._rows,self._lr,self._bs,self.stopped,self.error = NoiseMeter(self.beta),[],math.nan,0,None,None
+        self._meter,self._rows,self._lr,self._bs = NoiseMeter(self.beta),[],math.nan,0
         self._spent,self._seen,self._steps,self._to_train,self._loss_sum = 0,0,0,0,0.
+        self._measuring,self.stopped,self.diverged,self.missing,self.error = False,None,False,'',None
 
     def before_fit(self):
         self._start()
-        self._params = list({id(p):p for p,*_ in self.opt.all_params() if p.requires_grad}.values())
+        self._params = list({id(p):p for p,*_ in self.opt.all_params()}.values())
         if self.pbar: self.pbar.update(0)
-
-    def before_batch(self):
-        if not len(self.yb): self._stop(error=ValueError("The training loader yields no target: a loss, and its gradient, need one. Give the loader targets, or set dls.n_inp"))
-        self._measuring,self._has_grads = self._to_train == 0,True
 
     def before_validate(self): raise CancelValidException
 
@@ -80,40 +76,72 @@ class BSFinder(Callback):
         self.stopped,self.error = why and f"Stopped after {self._spent + 1} of {self.num_it} batches: {why}.",error
         raise CancelFitException
 
+    def _check_loss(self):
+        "Stop where the loss is not finite"
+        self.diverged = not torch.isfinite(self.learn.loss.detach()).all()
+        if self.diverged: self._stop("the loss is not finite: lower lr")
+
+    def after_loss(self):
+        if not len(self.yb): self._stop(error=ValueError("The training loader yields no target: a loss, and its gradient, need one. Give the loader targets, or set dls.n_inp"))
+
 # %% ../nbs/04_finder.ipynb #7a8d5fcb
 @patch
-def after_cancel_backward(self:BSFinder): self._has_grads = False
+def before_train(self:BSFinder): self._forget()
 
 @patch
+def _forget(self:BSFinder):
+    "Drop an incomplete measurement"
+    self._meter.sums,self._loss_sum = GradSums(),0.
+
+@patch
+def before_batch(self:BSFinder):
+    under_way,need = self._meter.n_batch,self.n_batch - self._meter.n_batch
+    self._measuring = self._to_train <= 0 and (under_way > 0 or need <= min(self.n_iter - self.iter, self.num_it - self._spent))
+    if self._measuring: self._clear_grads()
+
+@patch
+def _clear_grads(self:BSFinder):
+    for p in self._params: p.grad = None
+
+# %% ../nbs/04_finder.ipynb #5265bac9
+@patch
 def after_backward(self:BSFinder):
-    if not (self._measuring and self._has_grads): return
-    bs = find_bs(self.yb)
+    if not self._measuring: return
+    grads,bs = [p.grad for p in self._params],find_bs(self.yb)
+    if all(g is None for g in grads): self._leave_out('no batch gave a gradient')
     scaler = self.scaler if any(isinstance(cb, MixedPrecision) for cb in self.learn.cbs) and self.scaler.is_enabled() else None
     loss_scale = scaler.get_scale() if scaler else 1.
-    look = scaler is not None or self.learn.loss.device.type == 'cpu'
-    if not self._meter.add([p.grad for p in self._params], bs, loss_scale, skip_nonfinite=look):
-        if not torch.isfinite(self.learn.loss).all(): self._stop(_not_finite)
+    if not self._meter.add(grads, bs, loss_scale, skip_nonfinite=scaler is not None or self._on_cpu):
+        self._check_loss()
         if scaler: return
-        self._skip_step()
+        self._leave_out('the gradients are not finite')
     self._bs = max(self._bs, bs)
     self._loss_sum = self._loss_sum + self.learn.loss.detach().mean()*bs
     if self._meter.n_batch == self.n_batch: self._complete(bs, loss_scale)
     elif not self.step_every_batch: self._skip_step()
 
+@patch(as_prop=True)
+def _on_cpu(self:BSFinder): return self.learn.loss.device.type == 'cpu'
+
+@patch
+def _leave_out(self:BSFinder, why):
+    self.missing = f': {why}'
+    self._skip_step()
+
 @patch
 def _skip_step(self:BSFinder):
-    for p in self._params: p.grad = None
+    self._clear_grads()
     raise CancelBatchException
 
-# %% ../nbs/04_finder.ipynb #5265bac9
+# %% ../nbs/04_finder.ipynb #eff9d22f
 @patch
 def _complete(self:BSFinder, bs, loss_scale):
+    self._check_loss()
     samples,n = self._meter.sums.samples,len(self._meter.measured)
     loss,self._loss_sum = float(self._loss_sum/samples),0.
-    if not math.isfinite(loss): self._stop(_not_finite)
     mean = self._meter.measure(loss_scale)
     self._to_train = self.n_train
-    if len(self._meter.measured) == n: self._skip_step()  # a measurement that is not finite
+    if len(self._meter.measured) == n: self._leave_out('the gradients are not finite')
     raw,ema,(lo,hi) = self._meter.measured[-1],self._meter.mean,self._meter.interval()
     if not self._rows: self._lr = float(self.opt.hypers[-1]['lr'])
     self._rows.append(dict(batch=self._spent + 1, step=self._steps, samples=self._seen + bs, loss=loss, noise=ema.noise, scale=ema.scale,
@@ -122,7 +150,7 @@ def _complete(self:BSFinder, bs, loss_scale):
     if not self.step_every_batch:
         for p,g in zip(self._params, mean): p.grad = None if g is None else g.to(p.dtype)
 
-# %% ../nbs/04_finder.ipynb #eff9d22f
+# %% ../nbs/04_finder.ipynb #91031631
 @patch
 def after_step(self:BSFinder): self._steps += 1
 
@@ -131,19 +159,22 @@ def after_cancel_step(self:BSFinder): self._steps -= 1  # `after_step` follows
 
 @patch
 def after_batch(self:BSFinder):
+    if not self._measuring:
+        if self._on_cpu or self._to_train == 1 or self._spent + 1 == self.num_it: self._check_loss()  # on a GPU once in a while: looking waits for it
+        self._to_train -= 1
+    self._measuring = False
     self._spent += 1
     self._seen += find_bs(self.yb)
-    if not self._measuring: self._to_train -= 1
     if self.pbar: self.pbar.update(self._spent)
     if self._spent >= self.num_it: raise CancelFitException
 
 @patch(as_prop=True)
 def stats(self:BSFinder) -> pd.DataFrame: # A row per measurement, and in `attrs` what it was taken with
     "The measurements so far"
-    if not self.stopped and self._spent < self.num_it: self.stopped = f"Stopped after {self._spent} of {self.num_it} batches: a callback ended the training."
+    early = f"Stopped after {self._spent} of {self.num_it} batches: a callback, or the end of the data, ended the training." if self._spent < self.num_it else None
     res = pd.DataFrame(self._rows, columns='batch step samples loss noise scale noise_scale lo hi raw_noise raw_scale'.split())
     res.attrs.update(bs=self._bs, lr=self._lr, num_it=self.num_it, n_batch=self.n_batch, beta=self.beta, n_train=self.n_train,
-                     step_every_batch=self.step_every_batch, stopped=self.stopped)
+                     step_every_batch=self.step_every_batch, stopped=self.stopped or early, diverged=self.diverged, missing=self.missing)
     return res
 
 # %% ../nbs/04_finder.ipynb #251195c1
@@ -165,6 +196,8 @@ def _n_batches(learn):
     return n
 
 def _check_learner(learn):
+    if not hasattr(learn, 'recorder'): raise ValueError("The learner has no Recorder to put the result in: add fastai's default callback, learn.add_cb(Recorder())")
+    if any(is_lazy(p) for p in learn.model.parameters()): raise ValueError("The model has lazy layers that have not seen a batch yet: run one through it, learn.model(learn.dls.one_batch()[0])")
     if not callable(learn.loss_func): raise ValueError(f"The learner's loss_func is {learn.loss_func!r}: set learn.loss_func to the loss to train with")
     if not any(p.requires_grad for p in learn.model.parameters()):
         raise ValueError("The model has no trainable parameters: there is no gradient to measure. Unfreeze it (learn.unfreeze()), or set requires_grad on the parameters to train")
@@ -204,6 +237,8 @@ def bs_find(self:Learner,
     _check_learner(self)
     n_epoch_it = _n_batches(self)
     cb = BSFinder(n_epoch_it if num_it is None else num_it, n_batch, beta, n_train, step_every_batch)
+    if n_batch > n_epoch_it:
+        raise ValueError(f"n_batch={n_batch} is more than the {n_epoch_it} batches of an epoch, and a measurement stays within one: lower n_batch to {max(n_epoch_it, 2)} or less, or measure with smaller batches")
     bar = progress.progress_bar(range(cb.num_it), leave=False) if any(isinstance(o, progress.ProgressCallback) for o in self.cbs) else None
     try:
         with no_footprint(self):
@@ -218,8 +253,8 @@ def bs_find(self:Learner,
 
     stats = cb.stats
     stats.attrs['n'] = _train_size(self)
-    stats.attrs['suggested'] = {name: f(stats) for name,f in zip(names, funcs)}
-    self.recorder.bs_stats = stats
+    self.recorder.bs_stats,stats.attrs['suggested'] = stats,{}
+    for name,f in zip(names, funcs): stats.attrs['suggested'][name] = f(stats)
     if self.logger is not noop: print(bs_summary(stats))
     if show_plot and len(stats): self.recorder.plot_bs_find()
     return namedtuple('SuggestedBS', names)(**stats.attrs['suggested'])

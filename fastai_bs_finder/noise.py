@@ -7,6 +7,7 @@ __all__ = ['Noise', 'noise_and_scale', 'sq_norm', 'GradSums', 'ema_weights', 'fi
 
 # %% ../nbs/00_noise.ipynb #02da8736
 from typing import NamedTuple
+from numbers import Real
 import math, numpy as np, torch
 from scipy import stats
 
@@ -61,6 +62,8 @@ class GradSums:
         skip_nonfinite:bool=False, # Look at the gradients first, and leave out a batch with inf or nan? Costs a synchronisation on CUDA
     ) -> bool: # Whether the batch was counted
         "Add the gradients of one batch; they are not changed and not kept"
+        grads = list(grads)
+        if bs < 1: raise ValueError(f"bs={bs}: a batch has 1 example or more")
         if self._sums is None: self._sums = [None]*len(grads)
         if len(grads) != len(self._sums):
             raise ValueError(f"{len(grads)} gradients, but the batches before had {len(self._sums)}: give one per parameter, `None` where there is none")
@@ -146,7 +149,7 @@ class NoiseMeter:
     def __init__(self,
         beta:float=.9, # EMA factor over measurements in [0, 1); 0 keeps the last measurement only
     ):
-        if not 0 <= beta < 1: raise ValueError(f"beta={beta!r} is not in [0, 1): 0 keeps the last measurement only, 0.9 averages over about the last ten")
+        if not isinstance(beta, Real) or not 0 <= beta < 1: raise ValueError(f"beta={beta!r} is not in [0, 1): 0 keeps the last measurement only, 0.9 averages over about the last ten")
         self.beta,self.sums,self.measured = beta,GradSums(),[]
 
     def add(self, grads, bs, loss_scale=1., skip_nonfinite=False): return self.sums.add(grads, bs, loss_scale, skip_nonfinite)

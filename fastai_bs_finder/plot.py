@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/03_plot.ipynb #31b23b53
+# %% ../nbs/03_plot.ipynb #a398e3d1
+from numbers import Real
 import numpy as np, matplotlib.pyplot as plt
 from fastcore.basics import patch
 from fastai.learner import Recorder
@@ -31,7 +32,7 @@ def plot_bs_find(self:Recorder,
     if stats is None: raise ValueError("There is no result to plot yet: run learn.bs_find() first")
     fig = ax.figure if ax else _show_once(plt.figure())
     if ax is None: ax = fig.add_subplot()
-    bs,suggested = stats.attrs['bs'],{k:v for k,v in stats.attrs['suggested'].items() if v}
+    bs,suggested = stats.attrs['bs'],{k:v for k,v in stats.attrs['suggested'].items() if isinstance(v, Real) and v > 0}
     line = stats.noise_scale.where(stats.scale > 0)
     raw = (stats.raw_noise/stats.raw_scale).where(stats.raw_scale > 0)
     shown = np.concatenate([line, stats.lo, stats.hi, [bs], list(suggested.values())]).astype(float)

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['Snapshot', 'no_footprint']
 
-# %% ../nbs/01_snapshot.ipynb #87972697
-import random
-from collections import deque
+# %% ../nbs/01_snapshot.ipynb #1d167244
+import random, signal, threading
+from collections import OrderedDict, deque
 from contextlib import contextmanager
+from functools import partial
 
 import numpy as np, torch
 from torch import nn
@@ -25,12 +26,38 @@ _walked = (nn.Module, _BaseOptimizer, torch.optim.Optimizer, torch.optim.lr_sche
            DataLoader, torch_data.DataLoader, torch_data.Sampler, CollBase, ReindexCollection)
 _data = 'dataset', 'data_source', 'coll'  # attributes of loaders and samplers that hold the data: large, and not changed by training
 
-def _global_rng():
-    "`(setter, state)` of every global random generator"
-    res = [(random.setstate, random.getstate()), (np.random.set_state, np.random.get_state()), (torch.set_rng_state, torch.get_rng_state())]
+def _autocast_nesting(n=None):
+    "How many `autocast` blocks are open; leave them until there are `n`"
+    now = torch.autocast_increment_nesting() - 1
+    torch.autocast_decrement_nesting()
+    if n is not None and now > n:
+        for _ in range(now - n): torch.autocast_decrement_nesting()
+        torch.clear_autocast_cache()
+    return now
+
+def _global_state():
+    "`(setter, state)` of every global random generator, and of autocast, which an exception in the forward pass leaves switched on"
+    res = [(random.setstate, random.getstate()), (np.random.set_state, np.random.get_state()), (torch.set_rng_state, torch.get_rng_state()), (_autocast_nesting, _autocast_nesting())]
     if torch.cuda.is_available(): res.append((torch.cuda.set_rng_state_all, torch.cuda.get_rng_state_all()))
     if torch.backends.mps.is_available(): res.append((torch.mps.set_rng_state, torch.mps.get_rng_state()))
+    for device in ('cpu', 'cuda'):
+        res.append((lambda on, device=device: torch.set_autocast_enabled(device, on), torch.is_autocast_enabled(device)))
+        res.append((lambda dtype, device=device: torch.set_autocast_dtype(device, dtype), torch.get_autocast_dtype(device)))
     return res
+
+# %% ../nbs/01_snapshot.ipynb #6bed73a4
+@contextmanager
+def _uninterrupted():
+    "Hold back Ctrl-C until the block ends"
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    pressed = []
+    handler = signal.signal(signal.SIGINT, lambda *args: pressed.append(args))
+    try: yield
+    finally:
+        signal.signal(signal.SIGINT, handler or signal.SIG_DFL)
+        if pressed and callable(handler): handler(*pressed[0])
 
 # %% ../nbs/01_snapshot.ipynb #4af33a41
 class Snapshot:
@@ -42,11 +69,13 @@ class Snapshot:
         self._undo_dict(vars(learn))
         for o in vars(learn).values(): self._visit(o)
         self._visit(learn.dls.train)
-        for setter,state in _global_rng(): self._undo.append(lambda setter=setter, state=state: setter(state))
+        for setter,state in _global_state(): self._undo.append(lambda setter=setter, state=state: setter(state))
 
     def _undo_dict(self, d):
-        saved = dict(d)
-        def undo(): d.clear(); d.update(saved)
+        saved,cls = dict(d),OrderedDict if isinstance(d, OrderedDict) else dict  # not a subclass's own methods: they may refuse
+        def undo():
+            cls.clear(d)
+            for k,v in saved.items(): cls.__setitem__(d, k, v)
         self._undo.append(undo)
 
     def _undo_tensor(self, t):
@@ -64,7 +93,10 @@ class Snapshot:
         if   isinstance(o, torch.Tensor): self._undo_tensor(o)
         elif isinstance(o, np.ndarray):
             saved = o.copy()
-            self._undo.append(lambda: np.copyto(o, saved) if o.flags.writeable else None)
+            def undo():
+                if o.shape != saved.shape: o.resize(saved.shape, refcheck=False)
+                if o.flags.writeable: np.copyto(o, saved)
+            self._undo.append(undo)
         elif isinstance(o, random.Random):
             state = o.getstate()
             self._undo.append(lambda: o.setstate(state))
@@ -76,8 +108,10 @@ class Snapshot:
             self._undo_dict(o)
             for v in list(o.values()): self._visit(v)
         elif isinstance(o, (list, deque, set)):
-            saved = list(o)
-            def undo(): o.clear(); (o.update if isinstance(o, set) else o.extend)(saved)
+            saved,cls = list(o),next(c for c in (list, deque, set) if isinstance(o, c))
+            def undo():
+                cls.clear(o)
+                (cls.update if cls is set else cls.extend)(o, saved)
             self._undo.append(undo)
             for v in saved: self._visit(v)
         elif isinstance(o, tuple):
@@ -86,6 +120,13 @@ class Snapshot:
             self._undo_dict(vars(o))
             for k,v in list(vars(o).items()):
                 if k not in _data: self._visit(v)
+            if isinstance(o, torch.jit.ScriptModule): self._undo_script(o)
+
+    def _undo_script(self, o):
+        "TorchScript keeps its state out of `vars`"
+        for t in (*o.parameters(), *o.buffers()): self._visit(t)
+        modes = [(m, m.training) for m in o.modules()]
+        self._undo.append(lambda: [setattr(m, 'training', mode) for m,mode in modes])
 
     def _undo_numpy_rng(self, o):
         bits = o.bit_generator if isinstance(o, np.random.Generator) else o._bit_generator
@@ -96,13 +137,21 @@ class Snapshot:
         "Take the gradients off the parameters, so that training makes new ones; `restore` puts the old ones back"
         for t,_,_ in self._tensors: t.grad = None
 
-    def restore(self):
-        "Put everything back; may be called more than once"
-        with torch.no_grad():
-            for undo in reversed(self._undo): undo()
-            for t,requires_grad,grad in self._tensors: t.requires_grad_(requires_grad).grad = grad
+    def _undo_grad(self, t, requires_grad, grad):
+        if not t.is_leaf: t.detach_()  # somebody added to it in place, a loss for example
+        if t.requires_grad != requires_grad: t.requires_grad_(requires_grad)
+        t.grad = grad
 
-# %% ../nbs/01_snapshot.ipynb #6bed73a4
+    def restore(self):
+        "Put everything back; may be called more than once. What cannot be put back holds up nothing else: its error is raised at the end"
+        errors = []
+        with torch.no_grad(), _uninterrupted():
+            for undo in [*reversed(self._undo), *(partial(self._undo_grad, *o) for o in self._tensors)]:
+                try: undo()
+                except Exception as e: errors.append(e)
+        if errors: raise errors[0]
+
+# %% ../nbs/01_snapshot.ipynb #75a1fa82
 @contextmanager
 def no_footprint(
     learn:Learner, # The learner that is used inside the `with` block

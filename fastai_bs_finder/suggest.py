@@ -63,25 +63,29 @@ def rel_examples(
 # %% ../nbs/02_suggest.ipynb #03f61ac0
 def _num(x): return f'{x:.2g}' if x < 10 else f'{float(f"{x:.3g}"):,.0f}'
 
+def _ratio(x): return f'{x:.1f}' if x >= 1 else f'{x:.2f}' if x >= .01 else 'less than 0.01'
+
 def _more(stats):
     "How to learn more: a longer run, or longer measurements once the average is as long as `beta` lets it be"
     a = stats.attrs
     n_batch = f'take more batches per measurement (n_batch={4*a["n_batch"]})'
-    return n_batch if len(stats) > 20 else f'spend more batches (num_it={4*a["num_it"]}) or {n_batch}'
+    return n_batch if len(stats) > 2/(1 - a['beta']) else f'spend more batches (num_it={4*a["num_it"]}) or {n_batch}'
 
 def _noise_scale_in_words(stats):
     a = stats.attrs
     where = f"measured with bs={a['bs']} at lr={a['lr']:.2g}"
-    if not len(stats): return f"The noise scale is not known: no measurement of {a['n_batch']} batches was completed."
+    if not len(stats): return f"The noise scale is not known: no measurement of {a['n_batch']} batches was completed{a.get('missing', '')}."
     last = stats.iloc[-1]
-    if math.isnan(last.hi) and last.scale <= 0 and len(stats) >= 3:
-        why = ("that is what stepping after every batch does to it" if a.get('step_every_batch') else
-               "either the training set is fitted and no gradient is left, or its batches are not drawn at random (shuffle the loader)")
-        return f"The noise scale cannot be told: |G|² came out negative, and not by chance; {why}."
+    if not last.noise > 0: return f"The noise scale cannot be told: all batches have the same gradient, {where}."
     if math.isnan(last.hi):
+        if last.scale <= 0 and len(stats) >= 3 and a['beta'] > 0:
+            why = ("that is what stepping after every batch does to it" if a['step_every_batch'] else
+                   "either the training set is fitted and no gradient is left, or its batches are not drawn at random (shuffle the loader)")
+            return f"The noise scale cannot be told: |G|² came out negative, and not by chance; {why}."
         what = f'about {_num(last.noise_scale)} examples' if critical(stats) else 'not known yet'
-        return (f"The noise scale is {what}, {where}. {len(stats)} measurement{'s are' if len(stats) > 1 else ' is'} too few to say how sure that is: "
-                f"spend more batches (num_it={10*a['n_batch'] + 9*a['n_train']}).")
+        few = (f"{len(stats)} measurement{'s are' if len(stats) > 1 else ' is'} too few to say how sure that is: spend more batches (num_it={10*a['n_batch'] + 9*a['n_train']})"
+               if len(stats) < 3 else f"beta={a['beta']} keeps too few of the {len(stats)} measurements to say how sure that is: raise beta, to 0.9 for example")
+        return f"The noise scale is {what}, {where}. {few}."
     if last.hi < math.inf: return f"The noise scale is {_num(last.noise_scale)} examples (95% interval {_num(last.lo)} to {_num(last.hi)}), {where}."
     if last.lo >= 1:
         return f"The noise scale is at least {_num(last.lo)} examples (95% sure), {where}. Where it ends these batches cannot tell: {_more(stats)}."
@@ -92,11 +96,12 @@ def _suggestion_in_words(stats, bs):
     open_end = last.hi == math.inf
     B = last.lo if open_end else last.noise_scale
     about = 'at most' if open_end else 'about'
-    steps,examples = rel_steps(bs, bs0, B),rel_examples(bs, bs0, B)
-    if bs > bs0: return f"bs={bs} should reach the same loss in {about} {steps:.2f} of the steps of bs={bs0}, seeing {about} {examples:.1f} times the examples."
+    steps,examples,n = _ratio(rel_steps(bs, bs0, B)),_ratio(rel_examples(bs, bs0, B)),stats.attrs.get('n')
+    capped = f' A larger batch would do, but the training set has only {n:,} examples.' if n and B > 1.5*n else ''
+    if bs > 1.25*bs0: return f"bs={bs} should reach the same loss in {about} {steps} of the steps of bs={bs0}, seeing {about} {examples} times the examples.{capped}"
     if open_end: return f"Nothing speaks against bs={bs0} so far."
-    if bs == bs0: return f"bs={bs0} is about right: larger batches mostly burn compute, smaller ones mostly cost steps."
-    return f"bs={bs} should reach the same loss with {about} {examples:.2f} of the examples of bs={bs0}, in {about} {steps:.1f} times as many steps."
+    if bs > bs0/1.25: return capped.strip() or f"bs={bs0} is about right: larger batches mostly burn compute, smaller ones mostly cost steps."
+    return f"bs={bs} should reach the same loss with {about} {examples} of the examples of bs={bs0}, in {about} {steps} times as many steps."
 
 # %% ../nbs/02_suggest.ipynb #c1b21c53
 def bs_summary(
@@ -106,7 +111,8 @@ def bs_summary(
     res = [_noise_scale_in_words(stats)]
     if stats.attrs.get('stopped'): res.insert(0, stats.attrs['stopped'])
     if stats.attrs.get('step_every_batch'): res.append("This is a biased number, for comparison only: every batch stepped.")
-    elif len(stats) and stats.loss.iloc[-1] > 2*stats.loss.iloc[0]:
+    elif stats.attrs.get('diverged'): pass
+    elif len(stats) and stats.loss.iloc[-1] - stats.loss.iloc[0] > abs(stats.loss.iloc[0]):
         res.append(f"The training loss rose from {stats.loss.iloc[0]:.3g} to {stats.loss.iloc[-1]:.3g}: lower lr, the noise scale belongs to a training that works.")
     elif bs := critical(stats): res.append(_suggestion_in_words(stats, bs))
     return ' '.join(res)

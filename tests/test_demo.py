@@ -49,6 +49,9 @@ def test_help(tmp_path):
     (['--beta', '1'], 'beta=1.0 is not in [0, 1)'),
     (['--out', 'nowhere/x.png'], 'there is no folder nowhere'),
     (['--out', 'x.xls'], 'x.xls does not end in .png'),
+    (['--seed', '-1'], 'argument --seed: -1 is not between 0 and'),
+    (['--bs', '1500'], 'n_batch=10 is more than the 1 batches of an epoch'),
+    (['--out', '.'], 'argument --out: . is a folder'),
     (['--what'], 'unrecognized arguments: --what'),
 ])
 def test_bad_arguments(args, words, tmp_path):

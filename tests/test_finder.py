@@ -1,18 +1,19 @@
 "The mock training, its result, its words and its errors"
-import math, re, warnings
+import math, random, re, warnings
 from copy import deepcopy
 from functools import partial
 
 import numpy as np, pandas as pd, pytest, torch
 from torch import nn
-from fastai.basics import (Adam, Callback, CancelBackwardException, CancelBatchException, CancelFitException, DataLoader, OptimWrapper, SGD, accuracy)
-from fastai.callback.all import (CSVLogger, EarlyStoppingCallback, GradientAccumulation, GradientClip, MixedPrecision, ReduceLROnPlateau, SaveModelCallback,
-                                 ShowGraphCallback)
+from torch.nn.parameter import is_lazy
+from fastai.basics import (Adam, Callback, CancelBackwardException, CancelBatchException, CancelFitException, CancelStepException, DataLoader, OptimWrapper, SGD, accuracy)
+from fastai.callback.all import (CSVLogger, EarlyStoppingCallback, GradientAccumulation, GradientClip, MixedPrecision, ParamScheduler, ReduceLROnPlateau, SaveModelCallback,
+                                 SchedCos, ShowGraphCallback)
 
 import fastai_bs_finder.finder as finder
 from fastai_bs_finder.all import *
 from fastai_bs_finder.demo import digits_learner
-from reference import ema, mock_training
+from reference import ema, mlp_truth, mock_training
 
 
 @pytest.fixture
@@ -50,11 +51,11 @@ def test_equals_the_second_implementation(quiet, opt_func, torch_opt):
     learn,log = as_double(digits_learner(opt_func=opt_func)),[]
     learn.add_cb(Spy(log))
     model = deepcopy(learn.model)
-    quiet(learn, lr, 200, n_batch, beta, n_train)
+    quiet(learn, lr, 88, n_batch, beta, n_train)
     batches = [(x, y) for kind,x,y,_ in [o for o in log if o[0] == 'batch']]
     pairs = mock_training(model, torch_opt(model.parameters()), learn.loss_func, batches, n_batch, n_train)
     stats = learn.recorder.bs_stats
-    assert len(stats) == len(pairs) == 18
+    assert len(stats) == len(pairs) == 8
     np.testing.assert_allclose(stats[['raw_noise', 'raw_scale']], pairs, rtol=1e-5)
     np.testing.assert_allclose(stats[['noise', 'scale']], ema(pairs, beta), rtol=1e-5)
     np.testing.assert_allclose(stats.noise_scale, stats.noise/stats.scale, rtol=1e-12)
@@ -129,7 +130,149 @@ def test_spends_the_budget(quiet, num_it, batches):
     quiet(learn, .1, num_it)
     assert sum(o[0] == 'batch' for o in log) == batches
     assert learn.recorder.bs_stats.attrs['num_it'] == batches and not learn.recorder.bs_stats.attrs['stopped']
-    assert len(learn.recorder.bs_stats) == 1 + (batches - 10)//20
+    assert len(learn.recorder.bs_stats) == {94: 5, 10: 1, 200: 10, 281: 14}[batches]
+
+
+@pytest.mark.parametrize('bs,n_batch', [(16, 10), (64, 10), (250, 5), (500, 3), (750, 2)])
+def test_a_measurement_stays_within_an_epoch(quiet, bs, n_batch):
+    "Or else, with few batches in an epoch, the estimate would be far too low"
+    learn = digits_learner(bs=bs)
+    X,y = (torch.stack(t) for t in zip(*learn.dls.train.dataset))
+    S,G2 = mlp_truth(learn.model, X, y)
+    n_it,found = len(learn.dls.train),[]
+    for seed in range(4):
+        learn.dls.train.rng = random.Random(seed)
+        quiet(learn, 0., max(3*n_it, 24), n_batch, n_train=0)
+        stats = learn.recorder.bs_stats
+        assert ((stats.batch - 1)//n_it == (stats.batch - n_batch)//n_it).all()
+        found.append(stats.noise_scale.iloc[-1])
+    assert np.mean(found) == pytest.approx(S/G2, rel=.15)
+
+
+def test_a_measurement_that_an_epoch_cuts_short_is_dropped(quiet):
+    class Cancel(Callback):
+        order = -20
+        def before_batch(self):
+            if 84 <= self.train_iter < 89: raise CancelBatchException
+    learn = digits_learner(cbs=Cancel)
+    quiet(learn, .1, 188, n_batch=10, n_train=0)                 # 80 to 93, the epoch's last, lack one batch for a measurement
+    assert learn.recorder.bs_stats.batch[6:10].tolist() == [70, 80, 104, 114]
+
+
+def test_cancelled_batches_do_not_stop_the_measuring(quiet):
+    for at in (0, 20):
+        class Cancel(Callback):
+            order = -20
+            def before_batch(self):
+                if self.train_iter == at: raise CancelBatchException
+        learn = digits_learner(cbs=Cancel)
+        quiet(learn, .1, 188)
+        assert len(learn.recorder.bs_stats) >= 9
+
+
+def test_steps_are_those_that_were_taken(quiet):
+    class NoStep(Callback):
+        def before_step(self):
+            if 10 <= self.train_iter < 15: raise CancelStepException
+    learn = digits_learner(cbs=NoStep)
+    quiet(learn, .1, 50)
+    assert learn.recorder.bs_stats.step.tolist() == [0, 6, 17]
+
+
+def test_batches_of_several_sizes(quiet):
+    "The last batch of an epoch, of 12, is in the second measurement, and its loss counts less"
+    learn = digits_learner()
+    model = deepcopy(learn.model)
+    quiet(learn, [.25], 94, n_batch=47, n_train=0)
+    s = learn.recorder.bs_stats
+    assert s.samples.tolist() == [47*16, 1500] and s.attrs['bs'] == 16 and s.attrs['lr'] == .25
+    learn.dls.loaders[0] = learn.dls.train.new(learn.dls.train.dataset[:28], shuffle=False)
+    quiet(learn, 0., 2, n_batch=2)
+    X,y = (torch.stack(t) for t in zip(*learn.dls.train.dataset))
+    assert learn.recorder.bs_stats.loss[0] == pytest.approx(learn.loss_func(model(X), y).item(), rel=1e-5) and learn.recorder.bs_stats.attrs['bs'] == 16
+
+
+def test_lr_is_that_of_the_first_measurement(quiet):
+    learn = digits_learner(cbs=ParamScheduler({'lr': SchedCos(.2, 0.)}))
+    quiet(learn, .1, 80)
+    assert learn.recorder.bs_stats.attrs['lr'] == pytest.approx(.2, rel=.05)
+
+
+def test_a_target_that_a_callback_makes(quiet):
+    class Autoencoder(Callback):
+        def before_batch(self): self.learn.yb = self.xb
+    learn = digits_learner(cbs=Autoencoder, loss_func=nn.MSELoss())
+    learn.model = nn.Linear(64, 64)
+    no_target(learn)
+    quiet(learn, .1, 60)
+    assert len(learn.recorder.bs_stats) == 3
+
+
+def test_a_callback_that_runs_backward_itself(quiet):
+    class Own(Callback):
+        def before_backward(self):
+            self.learn.loss_grad.backward()
+            raise CancelBackwardException
+    res = []
+    for cbs in (None, Own):
+        learn = digits_learner(cbs=cbs)
+        quiet(learn, .1, 60)
+        res.append(learn.recorder.bs_stats)
+    pd.testing.assert_frame_equal(*res)
+
+
+@pytest.mark.parametrize('poison,why', [(lambda p: p.grad.fill_(nan), 'the gradients are not finite'), (lambda p: setattr(p, 'grad', None), 'no batch gave a gradient')])
+def test_a_run_without_gradients_says_why(capsys, poison, why):
+    class Poison(Callback):
+        order = -20
+        def after_backward(self):
+            for p in self.model.parameters(): poison(p)
+    assert digits_learner(cbs=Poison).bs_find(.1, 40) == (None,)
+    assert f'no measurement of 10 batches was completed: {why}.' in capsys.readouterr().out
+
+
+def test_a_loss_that_is_not_finite_between_measurements(capsys):
+    learn = digits_learner()
+    learn.bs_find(1e20, 20, show_plot=False)
+    said = capsys.readouterr().out
+    assert re.search(r'Stopped after 1\d of 20 batches: the loss is not finite: lower lr', said) and 'should reach' not in said
+
+
+def test_a_negative_loss_may_fall(capsys):
+    learn = digits_learner(loss_func=lambda p,t: nn.functional.cross_entropy(p, t) - 5)
+    learn.bs_find(.1, 94, show_plot=False)
+    said = capsys.readouterr().out
+    assert 'rose' not in said and 'should reach' in said
+
+
+def test_a_suggestion_that_fails_loses_no_measurement(quiet):
+    learn = digits_learner()
+    def broken(stats): return 1/0
+    with pytest.raises(ZeroDivisionError): quiet(learn, .1, 40, suggest_funcs=broken)
+    assert len(learn.recorder.bs_stats) == 2 and learn.recorder.plot_bs_find()
+    def words(stats): return 'many'
+    assert quiet(learn, .1, 40, suggest_funcs=words, show_plot=True).words == 'many'
+
+
+def test_the_bar_ends_however_the_run_ends(monkeypatch):
+    ended = []
+    class Bar:
+        comment,last_v = '',0
+        def __init__(self, *args, **kwargs): pass
+        def update(self, val): self.last_v = val
+        def on_interrupt(self): ended.append('interrupt')
+        def on_iter_end(self): ended.append('end')
+    monkeypatch.setattr('fastai.callback.progress.progress_bar', Bar)
+    class End(Callback):
+        def after_batch(self): raise CancelFitException
+    class Fail(Callback):
+        def after_batch(self): raise KeyboardInterrupt
+    for cb in (End, Fail):
+        learn = digits_learner(cbs=cb)
+        with learn.no_logging():
+            try: learn.bs_find(.1, 40)
+            except KeyboardInterrupt: pass
+    assert ended == ['end', 'interrupt']
 
 
 def test_no_validation(quiet):
@@ -264,7 +407,7 @@ def test_a_callback_may_end_the_run(capsys):
             if self.train_iter == 65: raise CancelFitException
     learn = digits_learner(cbs=End())
     assert learn.bs_find(.1, 200, show_plot=False).critical
-    assert 'of 200 batches: a callback ended the training.' in capsys.readouterr().out
+    assert 'of 200 batches: a callback, or the end of the data, ended the training.' in capsys.readouterr().out
 
 
 def test_same_seed_same_numbers(quiet):
@@ -314,7 +457,7 @@ def rows(*last, n=1500, bs=16, **attrs):
     "`bs_stats` whose rows end in `(noise_scale, lo, hi)`; a negative noise scale means a negative scale"
     s = pd.DataFrame([dict(batch=10*i, step=i, samples=160*i, loss=1., noise=10., scale=10/ns, noise_scale=ns, lo=lo, hi=hi) for i,(ns,lo,hi) in enumerate(last, 1)],
                      columns='batch step samples loss noise scale noise_scale lo hi'.split())
-    s.attrs.update(dict(bs=bs, n=n, lr=.1, num_it=100, n_batch=10, n_train=10, stopped=None, step_every_batch=False) | attrs)
+    s.attrs.update(dict(bs=bs, n=n, lr=.1, num_it=100, n_batch=10, n_train=10, beta=.9, stopped=None, step_every_batch=False) | attrs)
     return s
 
 nan,inf = math.nan,math.inf
@@ -323,6 +466,11 @@ nan,inf = math.nan,math.inf
     (rows((90, nan, nan), (95, 60, 130), (100, 80, 130)), 96, 'is 100 examples (95% interval 80 to 130), measured with bs=16 at lr=0.1. bs=96 should reach the same loss in about 0.28 of the steps'),
     (rows(*[(5, 3, 9)]*3), 6, 'bs=6 should reach the same loss with about 0.52 of the examples of bs=16, in about 1.4 times as many steps'),
     (rows(*[(15, 10, 20)]*3), 16, 'bs=16 is about right'),
+    (rows(*[(99, 80, 120)]*3, bs=100), 96, 'bs=100 is about right'),
+    (rows(*[(500_000, 400_000, 600_000)]*3, bs=1024), 1024, 'A larger batch would do, but the training set has only 1,500 examples.'),
+    (rows(*[(500_000, 400_000, 600_000)]*3, bs=1), 1024, 'in about less than 0.01 of the steps of bs=1, '),
+    (rows(*[(90, nan, nan)]*30, beta=0.), 96, 'is about 90 examples, measured with bs=16 at lr=0.1. beta=0.0 keeps too few of the 30 measurements to say how sure that is: raise beta'),
+    (rows(*[(-90, nan, nan)]*30, beta=0.), None, 'is not known yet'),
     (rows(*[(90_000, 70_000, 110_000)]*3), 1024, 'is 90,000 examples'),
     (rows(*[(90_000, 70_000, 110_000)]*3, n=None), 98304, 'bs=98304'),
     (rows(*[(700, 100, inf)]*3), 96, 'is at least 100 examples (95% sure)'),
@@ -406,6 +554,9 @@ def no_target(learn): learn.dls.train.after_batch = lambda b: (b[0],)
     ({}, lambda l: l.dls.loaders.__setitem__(0, l.dls.train.new(bs=2000, drop_last=True)), r'empty: 1500 examples make no batch of bs=2000 with drop_last=True. Lower bs'),
     ({}, no_target, r'training loader yields no target'),
     ({}, lambda l: l.model.requires_grad_(False), r'no trainable parameters'),
+    (dict(n_batch=10, num_it=30), lambda l: setattr(l.dls.train, 'bs', 500), r'n_batch=10 is more than the 3 batches of an epoch, and a measurement stays within one: lower n_batch to 3'),
+    ({}, lambda l: setattr(l, 'model', nn.Sequential(nn.LazyLinear(10))), r'lazy layers'),
+    ({}, lambda l: l.remove_cb(l.recorder), r'no Recorder'),
     ({}, lambda l: setattr(l, 'loss_func', None), r"loss_func is None: set learn.loss_func"),
 ])
 def test_errors(kwargs, change, msg):
@@ -416,7 +567,7 @@ def test_errors(kwargs, change, msg):
     with pytest.raises(ValueError, match=msg) as e: learn.bs_find(**kwargs)
     assert '\n' not in str(e.value)
     assert vars(learn) == state and list(learn.cbs) == cbs and learn.dls.train.rng.getstate() == rng and learn.opt is None
-    for k,v in learn.model.state_dict().items(): assert torch.equal(v, weights[k])
+    for k,v in learn.model.state_dict().items(): assert is_lazy(v) or torch.equal(v, weights[k])
 
 
 def test_an_error_keeps_the_last_result(quiet):

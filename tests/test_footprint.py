@@ -1,12 +1,12 @@
 "After bs_find, however it ended, nobody can tell that it ran"
-import random
+import random, signal
 from copy import deepcopy
 from functools import partial
 
 import numpy as np, pytest, torch
 from torch import nn
 from fastai.basics import Adam, Callback, CrossEntropyLossFlat, DataLoaders, Learner, Metric, OptimWrapper, SGD, accuracy
-from fastai.callback.all import MixUp, ParamScheduler, ProgressCallback, SchedCos
+from fastai.callback.all import MixUp, ParamScheduler, ProgressCallback, SchedCos, rnn_cbs
 from fastai.imports import noop
 
 from fastai_bs_finder.all import *
@@ -58,10 +58,11 @@ def rich_learner(opt_func=Adam, **kwargs):
 
 class Remember(Callback):
     "A user's callback that keeps all sorts of state"
-    def __init__(self): self.seen,self.by_epoch,self.best,self.avg,self.rng = [],{},None,nn.Linear(2, 2),np.random.default_rng(3)
+    def __init__(self): self.seen,self.by_epoch,self.best,self.avg,self.rng,self.counts = [],{},None,nn.Linear(2, 2),np.random.default_rng(3),np.zeros(3)
     def before_fit(self): self.started = True
     def after_step(self):
-        self.seen.append(self.rng.random())
+        self.seen.append(self.rng.random() + np.random.rand() + random.random())
+        self.counts += 1
         self.by_epoch.setdefault(self.epoch, []).append(self.learn.loss.item())
         self.best = min(self.best or 9, self.learn.loss.item())
         with torch.no_grad(): self.avg.weight += 1
@@ -204,3 +205,88 @@ def test_restore_changes_of_every_kind():
         learn.cbs.clear()
         learn.recorder = None
     assert changes(was, state(learn)) == [] and learn.model[4].weight is tied
+
+
+class Grumpy(dict):
+    "A dictionary that takes no `update`, as some libraries have it"
+    def update(self, *args): raise TypeError('no')
+    clear = update
+
+
+class Mean(Callback):
+    "Adds up the loss in a tensor, which so becomes a part of the graph"
+    def __init__(self): self.total,self.kept,self.sizes = torch.zeros(()),Grumpy(a=1),np.zeros(2)
+    def after_loss(self):
+        self.total += self.learn.loss
+        self.kept['a'] += 1
+        self.sizes.resize(len(self.sizes) + 1, refcheck=False)
+
+
+def test_odd_state_of_callbacks():
+    learn = rich_learner(cbs=Mean())
+    was = state(learn)
+    find(learn)
+    del learn.recorder.bs_stats
+    assert changes(was, state(learn)) == [] and learn.mean.total.is_leaf and learn.mean.kept == dict(a=1) and len(learn.mean.sizes) == 2
+
+
+def test_what_cannot_be_put_back_holds_up_nothing_else():
+    class Stuck:
+        def __setattr__(self, k, v): raise RuntimeError('stuck')
+    learn = rich_learner()
+    was = state(learn)
+    snapshot = Snapshot(learn)
+    snapshot._undo[1:1] = [lambda: setattr(Stuck(), 'x', 1)]*2
+    learn.fit(1)
+    with pytest.raises(RuntimeError, match='stuck'): snapshot.restore()
+    assert changes(was, state(learn)) == []
+
+
+def test_a_second_interrupt_waits_until_everything_is_back():
+    learn = rich_learner()
+    was = state(learn)
+    snapshot = Snapshot(learn)
+    learn.fit(1)
+    snapshot._undo.insert(len(snapshot._undo)//2, lambda: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt): snapshot.restore()
+    assert changes(was, state(learn)) == [] and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize('compiled', [False, True], ids=['new', 'trained'])
+def test_torchscript(compiled):
+    learn = rich_learner()
+    learn.model = torch.jit.script(learn.model)
+    if compiled: learn.fit(1)
+    was,flags = {k: v.clone() for k,v in learn.model.state_dict().items()},[m.training for m in learn.model.modules()]
+    find(learn)
+    assert all(torch.equal(v, was[k]) for k,v in learn.model.state_dict().items()) and [m.training for m in learn.model.modules()] == flags
+
+
+def test_autocast_is_switched_off_again():
+    class HalfPrecision(Callback):
+        "Enters autocast as `MixedPrecision` does, and is interrupted before it can leave it"
+        def before_batch(self):
+            torch.autocast('cpu', dtype=torch.float16).__enter__()
+            raise KeyboardInterrupt
+    learn = rich_learner(cbs=HalfPrecision())
+    dtype = torch.get_autocast_dtype('cpu')
+    with pytest.raises(KeyboardInterrupt): find(learn)
+    assert not torch.is_autocast_enabled('cpu') and torch.get_autocast_dtype('cpu') == dtype and (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
+    assert torch.autocast_increment_nesting() == 1 and torch.autocast_decrement_nesting() == 0
+
+
+def test_a_language_model_keeps_its_order():
+    from fastai.text.all import AWD_LSTM, LMDataLoader, get_language_model
+    texts = [torch.randint(20, (n,), generator=torch.Generator().manual_seed(n)) for n in range(60, 400, 7)]
+    res = []
+    for finds in (False, True):
+        random.seed(1), torch.manual_seed(1)
+        ds = [(t,) for t in texts]
+        dl = LMDataLoader(ds, lens=[len(t) for t in texts], bs=8, seq_len=12, shuffle=True)
+        learn = Learner(DataLoaders(dl, dl), get_language_model(AWD_LSTM, 20, config=dict(emb_sz=8, n_hid=16, n_layers=2, pad_token=1, bidir=False, output_p=.1, hidden_p=.1,
+                        input_p=.1, embed_p=.1, weight_p=.1, tie_weights=True, out_bias=True)), loss_func=CrossEntropyLossFlat(), cbs=rnn_cbs())
+        learn.logger = noop
+        learn.remove_cb(ProgressCallback)
+        if finds: learn.bs_find(1e-2, 30, 5, show_plot=False)
+        res.append(train(learn, 1))
+    assert same(*res)

@@ -148,7 +148,17 @@ def test_a_measurement_that_is_not_finite_is_left_out():
     assert len(meter.measured) == 2 and math.isfinite(meter.noise) and math.isfinite(meter.scale)
 
 
+def test_squares_are_added_up_in_double_precision():
+    one,many = torch.tensor([4096.]),[torch.ones(1)]*1000
+    assert sq_norm([one, *many]).item() == 4096**2 + 1000
+    sums = GradSums()
+    for g in (one, *many): sums.add([g], 1)
+    assert sums.A.item() == 4096**2 + 1000
+
+
 def test_errors():
+    with pytest.raises(ValueError, match="beta='x' is not in"): NoiseMeter('x')
+    with pytest.raises(ValueError, match='bs=0: a batch has 1 example or more'): GradSums().add([torch.ones(2)], 0)
     with pytest.raises(ValueError, match='beta=1.0 is not in'): NoiseMeter(beta=1.)
     with pytest.raises(ValueError, match='beta=-0.1 is not in'): NoiseMeter(beta=-.1)
     sums = GradSums()
@@ -199,6 +209,15 @@ def test_fieller_has_no_upper_end_where_the_scale_may_be_zero():
     assert 0 < lo < 1000 and hi == math.inf
     lo,hi = fieller([10., 11., 9., 10.], [1., 1.1, .9, 1.05])
     assert 0 < lo < 10 < hi < 15
+
+
+def test_fieller_of_a_scale_below_zero_beyond_doubt():
+    assert all(map(math.isnan, fieller([10., 11., 9., 10.], [-1., -1.1, -.9, -1.05])))
+
+
+def test_fieller_where_the_noise_may_be_zero_too():
+    assert fieller([1., -1., .5, -.4], [.1, -.1, .05, -.04]) == (0., math.inf)
+    assert fieller([1., -1., .5, -.4], [1., 1.1, .9, 1.05])[0] == 0
 
 
 def test_fieller_of_exact_data():
