@@ -31,9 +31,10 @@ test: install
 	$(BIN)/python -m pytest
 
 notebooks: install
-	$(BIN)/python -m nbconvert --to notebook --execute --inplace nbs/*.ipynb
+	PYTHONWARNINGS=ignore::FutureWarning $(BIN)/python -m nbconvert --to notebook --execute --inplace nbs/*.ipynb
 	$(BIN)/nbdev-clean
 	$(BIN)/nbdev-export
+	$(BIN)/python nbs/readme.py
 
 readme: install
 	$(BIN)/python nbs/readme.py

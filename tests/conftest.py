@@ -2,10 +2,10 @@
 import os, subprocess, sys
 from pathlib import Path
 
-import matplotlib
-import pytest
+import matplotlib, pytest, torch
 
 matplotlib.use('agg')
+torch.set_num_threads(1)  # faster for networks as small as these
 
 root = Path(__file__).parents[1]
 archives = root.parent/'shared/data'

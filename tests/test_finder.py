@@ -149,6 +149,12 @@ def test_a_measurement_stays_within_an_epoch(quiet, bs, n_batch):
     assert np.mean(found) == pytest.approx(S/G2, rel=.15)
 
 
+def test_training_goes_on_where_no_measurement_fits(quiet):
+    learn = digits_learner()
+    quiet(learn, .1, 188, n_train=0)                             # 9 measurements, then 4 batches up to the end of the epoch
+    assert learn.recorder.bs_stats.step[[8, 9]].tolist() == [8, 13] and learn.recorder.bs_stats.batch[[8, 9]].tolist() == [90, 104]
+
+
 def test_a_measurement_that_an_epoch_cuts_short_is_dropped(quiet):
     class Cancel(Callback):
         order = -20

@@ -23,15 +23,6 @@ class VaryingSizes(DataLoader):
             items = items[n:]
 
 
-@pytest.fixture(scope='module', autouse=True)
-def one_thread():
-    "Such small networks are faster so"
-    n = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n)
-
-
 @pytest.fixture(scope='module')
 def trained():
     "A function: the model after some epochs of SGD 0.1 at batch size 32, and the true noise scale there"
