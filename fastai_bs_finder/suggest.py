@@ -66,10 +66,12 @@ def _num(x): return f'{x:.2g}' if x < 10 else f'{float(f"{x:.3g}"):,.0f}'
 def _ratio(x): return f'{x:.1f}' if x >= 1 else f'{x:.2f}' if x >= .01 else 'less than 0.01'
 
 def _more(stats):
-    "How to learn more: a longer run, or longer measurements once the average is as long as `beta` lets it be"
-    a = stats.attrs
-    n_batch = f'take more batches per measurement (n_batch={4*a["n_batch"]})'
-    return n_batch if len(stats) > 2/(1 - a['beta']) else f'spend more batches (num_it={4*a["num_it"]}) or {n_batch}'
+    "How to learn more: a longer run, longer measurements within an epoch, or a longer average"
+    a,ways = stats.attrs,[]
+    longer = min(4*a['n_batch'], a['n']//a['bs']) if a.get('n') else 4*a['n_batch']
+    if len(stats) <= 2/(1 - a['beta']): ways.append(f"spend more batches (num_it={4*a['num_it']})")  # then the average is as long as beta lets it be
+    if longer > a['n_batch']: ways.append(f"take more batches per measurement (n_batch={longer})")
+    return ' or '.join(ways) or f"average over more measurements (beta={1 - (1 - a['beta'])/4:.3g}, num_it={4*a['num_it']})"
 
 def _noise_scale_in_words(stats):
     a = stats.attrs

@@ -482,6 +482,8 @@ nan,inf = math.nan,math.inf
     (rows(*[(700, 100, inf)]*3), 96, 'is at least 100 examples (95% sure)'),
     (rows(*[(-700, 100, inf)]*3), 96, 'num_it=400) or take more batches per measurement (n_batch=40)'),
     (rows(*[(-700, 100, inf)]*30), 96, 'cannot tell: take more batches per measurement (n_batch=40)'),
+    (rows(*[(700, 100, inf)]*30, bs=64), 96, 'cannot tell: take more batches per measurement (n_batch=23)'),
+    (rows(*[(700, 200, inf)]*30, bs=150), 192, 'cannot tell: average over more measurements (beta=0.975, num_it=400)'),
     (rows(*[(700, 12, inf)]*3), 12, 'Nothing speaks against bs=16 so far.'),
     (rows(*[(700, 0, inf)]*3), None, 'cannot be told yet'),
     (rows(*[(-700, nan, nan)]*3), None, 'came out negative, and not by chance; either the training set is fitted'),
