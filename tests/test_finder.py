@@ -198,6 +198,12 @@ def test_batches_of_several_sizes(quiet):
     assert learn.recorder.bs_stats.loss[0] == pytest.approx(learn.loss_func(model(X), y).item(), rel=1e-5) and learn.recorder.bs_stats.attrs['bs'] == 16
 
 
+def test_examples_are_counted_in_training_stretches_too(quiet):
+    learn = digits_learner()
+    quiet(learn, .1, 120)
+    assert learn.recorder.bs_stats.samples.iloc[-1] == 16*learn.recorder.bs_stats.batch.iloc[-1] - 4 > 1500   # the epoch's last batch has 12
+
+
 def test_lr_is_that_of_the_first_measurement(quiet):
     learn = digits_learner(cbs=ParamScheduler({'lr': SchedCos(.2, 0.)}))
     quiet(learn, .1, 80)
