@@ -210,8 +210,8 @@ def _names(funcs):
         raise ValueError(f"suggest_funcs are called {', '.join(names)}: the fields of the result are named after them, so give each function (no lambda) a name of its own, without leading underscore")
     return names
 
-# %% ../nbs/04_finder.ipynb #272e6cd7
-_aside = (progress.ProgressCallback, progress.ShowGraphCallback, progress.CSVLogger, GradientAccumulation)  # what shows, logs, or changes what a gradient is
+# %% ../nbs/04_finder.ipynb #17d7eebe
+_aside = (progress.ProgressCallback, progress.CSVLogger, GradientAccumulation)  # what shows, logs, or changes what a gradient is
 
 def _train_size(learn):
     "Number of examples in the training set, in the unit that batches are counted in"

@@ -357,6 +357,24 @@ def test_a_batch_whose_gradient_is_not_finite_is_left_out(quiet):
     assert s.batch[0] == 11 and s.samples[0] == 176 and np.isfinite(s.drop(columns=['lo', 'hi'])).all(axis=None)
 
 
+@pytest.fixture
+def as_on_a_gpu(monkeypatch): monkeypatch.setattr(finder.BSFinder, '_on_cpu', False)
+
+
+def test_on_a_gpu_the_whole_measurement_is_left_out(quiet, as_on_a_gpu):
+    "Nothing is looked at before a measurement is complete"
+    learn = digits_learner(cbs=Overflow)
+    quiet(learn, .1, 60)
+    s = learn.recorder.bs_stats
+    assert s.batch.tolist() == [30, 50] and s.step.tolist() == [10, 21] and np.isfinite(s.noise).all()
+
+
+def test_on_a_gpu_the_loss_is_checked_once_in_a_while(capsys, as_on_a_gpu):
+    learn = digits_learner()
+    learn.bs_find(1e20, 60, show_plot=False)
+    assert 'Stopped after 20 of 60 batches: the loss is not finite' in capsys.readouterr().out
+
+
 class Scaling(MixedPrecision):
     "fastai's loss scaling, without autocast and on the CPU"
     def before_fit(self): self.learn.scaler,self.scales,self.autocast = torch.amp.GradScaler('cpu', **self.kwargs),[],torch.autocast('cpu', enabled=False)
