@@ -15,8 +15,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                             'fastai_bs_finder/finder.py'),
                                          'fastai_bs_finder.finder.BSFinder._complete': ( 'finder.html#bsfinder._complete',
                                                                                          'fastai_bs_finder/finder.py'),
-                                         'fastai_bs_finder.finder.BSFinder._forget': ( 'finder.html#bsfinder._forget',
-                                                                                       'fastai_bs_finder/finder.py'),
                                          'fastai_bs_finder.finder.BSFinder._leave_out': ( 'finder.html#bsfinder._leave_out',
                                                                                           'fastai_bs_finder/finder.py'),
                                          'fastai_bs_finder.finder.BSFinder._on_cpu': ( 'finder.html#bsfinder._on_cpu',

@@ -86,17 +86,12 @@ class BSFinder(Callback):
 
 # %% ../nbs/04_finder.ipynb #7a8d5fcb
 @patch
-def before_train(self:BSFinder): self._forget()
-
-@patch
-def _forget(self:BSFinder):
-    "Drop an incomplete measurement"
-    self._meter.sums,self._loss_sum = GradSums(),0.
+def before_train(self:BSFinder): self._meter.sums,self._loss_sum = GradSums(),0.  # drops an incomplete measurement
 
 @patch
 def before_batch(self:BSFinder):
-    under_way,need = self._meter.n_batch,self.n_batch - self._meter.n_batch
-    self._measuring = self._to_train <= 0 and (under_way > 0 or need <= min(self.n_iter - self.iter, self.num_it - self._spent))
+    fits = self.n_batch <= min(self.n_iter - self.iter, self.num_it - self._spent)
+    self._measuring = self._to_train <= 0 and (self._meter.n_batch > 0 or fits)
     if self._measuring: self._clear_grads()
 
 @patch
