@@ -5,20 +5,21 @@
 # %% auto #0
 __all__ = ['BSFinder']
 
-# %% ../nbs/04_finder.ipynb #53f8995e
-import math, warnings
+# %% ../nbs/04_finder.ipynb #3bd794eb
+import inspect, math, warnings
 from collections import namedtuple
 from collections.abc import Callable
 from functools import partial
 from numbers import Integral, Real
 
 import pandas as pd, torch
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
-from fastcore.basics import patch, tuplify
+from fastcore.basics import GetAttr, patch, tuplify
 from fastcore.foundation import L
 from fastai.callback import progress
 from fastai.callback.core import Callback, TrainEvalCallback, CancelBatchException, CancelFitException, CancelValidException
-from fastai.callback.fp16 import MixedPrecision
+from fastai.callback.fp16 import MixedPrecision, NonNativeMixedPrecision
 from fastai.callback.training import GradientAccumulation
 from fastai.imports import noop
 from fastai.learner import Learner
@@ -63,7 +64,7 @@ class BSFinder(Callback):
     def _start(self):
         self._meter,self._rows,self._lr,self._bs = NoiseMeter(self.beta),[],math.nan,0
         self._spent,self._seen,self._steps,self._to_train,self._loss_sum = 0,0,0,0,0.
-        self._measuring,self.stopped,self.diverged,self.missing,self.error = False,None,False,'',None
+        self._measuring,self._batch_norm,self.stopped,self.diverged,self.missing,self.error = False,False,None,False,'',None
 
     def before_fit(self):
         self._start()
@@ -86,7 +87,14 @@ class BSFinder(Callback):
 
 # %% ../nbs/04_finder.ipynb #7a8d5fcb
 @patch
-def before_train(self:BSFinder): self._meter.sums,self._loss_sum = GradSums(),0.  # drops an incomplete measurement
+def before_train(self:BSFinder):
+    self._drop_measurement()
+    if _len(self.dl) is None: self.learn.dl = _Passes(self.dl, self.num_it, self._drop_measurement)
+
+@patch
+def _drop_measurement(self:BSFinder):
+    if self._meter.n_batch: self.missing = ': the data, or a callback, ended each one early'
+    self._meter.sums,self._loss_sum = GradSums(),0.
 
 @patch
 def before_batch(self:BSFinder):
@@ -98,22 +106,46 @@ def before_batch(self:BSFinder):
 def _clear_grads(self:BSFinder):
     for p in self._params: p.grad = None
 
+# %% ../nbs/04_finder.ipynb #7f11002b
+def _len(o):
+    "`len(o)`; `None` where it has none"
+    try: return len(o)
+    except (TypeError, NotImplementedError): return None
+
+class _Passes(GetAttr):
+    "Passes over `dl`, a loader without a length, as many as `n` batches take"
+    _default = 'dl'
+    def __init__(self, dl, n, before_pass): self.dl,self.n,self.before_pass = dl,n,before_pass
+    def __len__(self): return self.n
+    def __iter__(self):
+        b = self
+        while b is not None:
+            b = None
+            self.before_pass()
+            for b in self.dl: yield b
+
 # %% ../nbs/04_finder.ipynb #5265bac9
 @patch
 def after_backward(self:BSFinder):
     if not self._measuring: return
     grads,bs = [p.grad for p in self._params],find_bs(self.yb)
     if all(g is None for g in grads): self._leave_out('no batch gave a gradient')
-    scaler = self.scaler if any(isinstance(cb, MixedPrecision) for cb in self.learn.cbs) and self.scaler.is_enabled() else None
-    loss_scale = scaler.get_scale() if scaler else 1.
-    if not self._meter.add(grads, bs, loss_scale, skip_nonfinite=scaler is not None or self._on_cpu):
+    scale = self._loss_scale
+    if not self._meter.add(grads, bs, scale or 1., skip_nonfinite=scale is not None or self._on_cpu):
         self._check_loss()
-        if scaler: return
+        if scale is not None: return
         self._leave_out('the gradients are not finite')
     self._bs = max(self._bs, bs)
     self._loss_sum = self._loss_sum + self.learn.loss.detach().mean()*bs
-    if self._meter.n_batch == self.n_batch: self._complete(bs, loss_scale)
+    if self._meter.n_batch == self.n_batch: self._complete(bs, scale or 1.)
     elif not self.step_every_batch: self._skip_step()
+
+@patch(as_prop=True)
+def _loss_scale(self:BSFinder):
+    "What fp16 training multiplies the loss with at this batch; `None` without fp16"
+    for cb in self.learn.cbs:
+        if isinstance(cb, MixedPrecision) and self.scaler.is_enabled(): return self.scaler.get_scale()
+        if isinstance(cb, NonNativeMixedPrecision): return cb.loss_scale
 
 @patch(as_prop=True)
 def _on_cpu(self:BSFinder): return self.learn.loss.device.type == 'cpu'
@@ -138,7 +170,9 @@ def _complete(self:BSFinder, bs, loss_scale):
     self._to_train = self.n_train
     if len(self._meter.measured) == n: self._leave_out('the gradients are not finite')
     raw,ema,(lo,hi) = self._meter.measured[-1],self._meter.mean,self._meter.interval()
-    if not self._rows: self._lr = float(self.opt.hypers[-1]['lr'])
+    if not self._rows:
+        self._lr = float(self.opt.hypers[-1]['lr'])
+        self._batch_norm = any(isinstance(m, _BatchNorm) and m.training for m in self.learn.model.modules())
     self._rows.append(dict(batch=self._spent + 1, step=self._steps, samples=self._seen + bs, loss=loss, noise=ema.noise, scale=ema.scale,
                            noise_scale=ema.noise_scale, lo=lo, hi=hi, raw_noise=raw.noise, raw_scale=raw.scale))
     if self.pbar and not math.isnan(hi): self.pbar.comment = f'noise scale at least {lo:.0f}' if hi == math.inf else f'noise scale {ema.noise_scale:.0f}'
@@ -169,7 +203,7 @@ def stats(self:BSFinder) -> pd.DataFrame: # A row per measurement, and in `attrs
     early = f"Stopped after {self._spent} of {self.num_it} batches: a callback, or the end of the data, ended the training." if self._spent < self.num_it else None
     res = pd.DataFrame(self._rows, columns='batch step samples loss noise scale noise_scale lo hi raw_noise raw_scale'.split())
     res.attrs.update(bs=self._bs, lr=self._lr, num_it=self.num_it, n_batch=self.n_batch, beta=self.beta, n_train=self.n_train,
-                     step_every_batch=self.step_every_batch, stopped=self.stopped or early, diverged=self.diverged, missing=self.missing)
+                     step_every_batch=self.step_every_batch, batch_norm=self._batch_norm, stopped=self.stopped or early, diverged=self.diverged, missing=self.missing)
     return res
 
 # %% ../nbs/04_finder.ipynb #251195c1
@@ -181,12 +215,11 @@ def _check_lr(lr):
         raise ValueError(f"lr={lr!r} is not a learning rate: give a finite number of 0 or more, a slice or a list of them, or None for the learner's own")
     return float(lr) if isinstance(lr, Real) else lr
 
-def _n_batches(learn):
-    "Number of batches in an epoch"
-    dl = learn.dls.train
-    try: n = len(dl)
-    except TypeError: raise ValueError("The training loader has no length, and fastai's fit needs one: give the DataLoader n=..., the number of examples in an epoch") from None
-    if not n: raise ValueError(f"The training loader is empty: {len(getattr(dl, 'dataset', []))} examples make no batch of bs={getattr(dl, 'bs', None)} "
+def _check_loader(dl, num_it):
+    "Number of batches in an epoch; `None` for a loader without a length"
+    n = _len(dl)
+    if n is None and num_it is None: raise ValueError("num_it=None stands for one epoch, but the training loader has no length: give num_it, the number of batches to spend")
+    if n == 0: raise ValueError(f"The training loader is empty: {len(getattr(dl, 'dataset', []))} examples make no batch of bs={getattr(dl, 'bs', None)} "
                                f"with drop_last={getattr(dl, 'drop_last', None)}. Lower bs, or set drop_last=False")
     return n
 
@@ -196,6 +229,14 @@ def _check_learner(learn):
     if not callable(learn.loss_func): raise ValueError(f"The learner's loss_func is {learn.loss_func!r}: set learn.loss_func to the loss to train with")
     if not any(p.requires_grad for p in learn.model.parameters()):
         raise ValueError("The model has no trainable parameters: there is no gradient to measure. Unfreeze it (learn.unfreeze()), or set requires_grad on the parameters to train")
+
+# %% ../nbs/04_finder.ipynb #c5b9d999
+def _check_opt(opt, lr):
+    if needed := [n for n,p in inspect.signature(opt.step).parameters.items() if p.default is p.empty and p.kind is not p.VAR_KEYWORD and p.kind is not p.VAR_POSITIONAL]:
+        raise ValueError(f"{type(getattr(opt, 'opt', opt)).__name__}.step() needs a {needed[0]}, and fastai's fit gives it none: choose another optimizer as opt_func")
+    groups = len(opt.hypers)
+    if not isinstance(lr, slice) and len(L(lr)) not in (1, groups) and lr is not None:
+        raise ValueError(f"lr={lr!r} has {len(L(lr))} values, but the optimizer has {groups} parameter group{'s' if groups > 1 else ''}: give one value, a slice, or as many as groups")
 
 # %% ../nbs/04_finder.ipynb #86067574
 def _names(funcs):
@@ -212,12 +253,12 @@ def _train_size(learn):
     "Number of examples in the training set, in the unit that batches are counted in"
     dl = learn.dls.train
     n = getattr(dl, 'n', None)
-    return n if n is not None else len(dl.dataset) if hasattr(dl, 'dataset') else None
+    return n if n is not None else _len(getattr(dl, 'dataset', None))
 
 @patch
 def bs_find(self:Learner,
     lr:float|slice|list|None=None, # Learning rate of the mock training, as in `fit`; `None`: the learner's
-    num_it:int|None=None, # Number of batches to spend; `None`: one epoch
+    num_it:int|None=None, # Number of batches to spend; `None`: one epoch, which a loader without a length does not have
     n_batch:int=10, # Number of batches per measurement, 2 or more
     beta:float=.9, # EMA factor over measurements, in [0, 1)
     n_train:int|None=None, # Number of ordinary training steps between measurements; `None`: as many as `n_batch`
@@ -230,16 +271,18 @@ def bs_find(self:Learner,
     lr,funcs = _check_lr(lr),tuplify(suggest_funcs)
     names = _names(funcs)
     _check_learner(self)
-    n_epoch_it = _n_batches(self)
+    n_epoch_it = _check_loader(self.dls.train, num_it)
     cb = BSFinder(n_epoch_it if num_it is None else num_it, n_batch, beta, n_train, step_every_batch)
-    if n_batch > n_epoch_it:
+    if n_epoch_it and n_batch > n_epoch_it:
         raise ValueError(f"n_batch={n_batch} is more than the {n_epoch_it} batches of an epoch, and a measurement stays within one: lower n_batch to {max(n_epoch_it, 2)} or less, or measure with smaller batches")
     bar = progress.progress_bar(range(cb.num_it), leave=False) if any(isinstance(o, progress.ProgressCallback) for o in self.cbs) else None
     try:
         with no_footprint(self):
             self.remove_cbs(L(o for o in self.cbs if isinstance(o, _aside)))
             self.lr_finder,cb.pbar = cb,bar  # fastai's trackers and loggers stand aside while the learner has an `lr_finder`
-            with self.no_logging(): self.fit(math.ceil(cb.num_it/n_epoch_it), lr, cbs=cb)
+            if not self.opt: self.create_opt()
+            _check_opt(self.opt, lr)
+            with self.no_logging(): self.fit(math.ceil(cb.num_it/n_epoch_it) if n_epoch_it else 1, lr, cbs=cb)
     except BaseException:
         if bar and bar.last_v is not None: bar.on_interrupt()
         raise

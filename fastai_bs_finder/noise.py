@@ -53,7 +53,7 @@ def sq_norm(
 class GradSums:
     "The running sums of one measurement: gradients of batches taken at the same weights"
     def __init__(self):
-        self.k,self.samples,self.A,self._sums = 0,0,0.,None
+        self.k,self.samples,self.A,self._sums,self._sparse_dims = 0,0,0.,None,{}
 
     def add(self,
         grads:list, # Gradients of the batch's mean loss, one per parameter; `None` where a parameter got none
@@ -85,8 +85,10 @@ class GradSums:
         for i,g in grads:
             if i in done: continue
             if self._sums[i] is None:
+                if g.is_sparse: self._sparse_dims[i] = g.sparse_dim()
                 self._sums[i] = torch.zeros_like(g, dtype=torch.promote_types(g.dtype, torch.float32), layout=torch.strided)
             self._sums[i].add_(g, alpha=w)
+            if not g.is_sparse: self._sparse_dims.pop(i, None)
 
     def noise_and_scale(self) -> Noise: # Unbiased `noise` and `scale` of these batches
         "Complete the measurement: two numbers, moved to the host here"
@@ -98,12 +100,12 @@ class GradSums:
 
     def pop_mean(self,
         loss_scale:float=1., # What to multiply the mean with (fp16 loss scaling)
-    ) -> list: # The mean gradient over the examples, one tensor per parameter (`None` where no batch had a gradient)
+    ) -> list: # The mean gradient over the examples, one tensor per parameter (`None` where no batch had a gradient), sparse where all were
         "Hand over the mean gradient, made of the running sums in place, and start again from zero"
-        sums,w = self._sums or [],loss_scale/max(self.samples, 1)
+        sums,w,sparse = self._sums or [],loss_scale/max(self.samples, 1),self._sparse_dims
         if present := [s for s in sums if s is not None]: torch._foreach_mul_(present, w)
         self.__init__()
-        return sums
+        return [s.to_sparse(sparse[i]) if i in sparse else s for i,s in enumerate(sums)]
 
 # %% ../nbs/00_noise.ipynb #1510bae4
 def ema_weights(

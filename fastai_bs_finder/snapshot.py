@@ -5,27 +5,42 @@
 # %% auto #0
 __all__ = ['Snapshot', 'no_footprint']
 
-# %% ../nbs/01_snapshot.ipynb #1d167244
-import random, signal, threading
+# %% ../nbs/01_snapshot.ipynb #e0039f3f
+import copyreg, inspect, random, signal, socket, sys, threading, traceback, weakref
 from collections import OrderedDict, deque
 from contextlib import contextmanager
 from functools import partial
+from multiprocessing.process import BaseProcess
+from types import BuiltinMethodType, FunctionType, MethodType, ModuleType, SimpleNamespace
 
-import numpy as np, torch
+import numpy as np, pandas as pd, torch
 from torch import nn
 from torch.utils import data as torch_data
-from fastcore.foundation import CollBase
-from fastcore.xtras import ReindexCollection
+from torch.utils.data.dataloader import _BaseDataLoaderIter, _MultiProcessingDataLoaderIter
+from fastcore.basics import patch
 from fastai.callback.core import Callback
+from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
-from fastai.learner import Learner, Metric
+from fastai.learner import Learner
 from fastai.optimizer import _BaseOptimizer
 
-# %% ../nbs/01_snapshot.ipynb #ecbc53d5
-_walked = (nn.Module, _BaseOptimizer, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler, torch.amp.GradScaler, Callback, Metric,
-           DataLoader, torch_data.DataLoader, torch_data.Sampler, CollBase, ReindexCollection)
-_data = 'dataset', 'data_source', 'coll'  # attributes of loaders and samplers that hold the data: large, and not changed by training
+# %% ../nbs/01_snapshot.ipynb #8757d90f
+_rngs = random.Random, torch.Generator, np.random.Generator, np.random.RandomState
+_calls = FunctionType, BuiltinMethodType, MethodType, partial
+_own = nn.Module, _BaseOptimizer, torch.optim.Optimizer, Callback  # to be restored even when they hold a lock or a thread
+_data = DataLoaders, DataLoader, torch_data.DataLoader, torch_data.Dataset
+_live = threading.Thread, type(threading.Lock()), type(threading.RLock()), threading.Condition, threading.Event, socket.socket, BaseProcess
+_closed = type, ModuleType, weakref.ref, _BaseDataLoaderIter, *_live
+_outside = sys.stdlib_module_names | {'pandas', 'matplotlib', 'PIL', 'IPython', 'fastprogress'}
 
+def _slots(o):
+    "The attributes that `o` keeps in `__slots__`"
+    return {n: getattr(o, n) for n in copyreg._slotnames(type(o)) if hasattr(o, n)}
+
+# %% ../nbs/01_snapshot.ipynb #d2cf6031
+_large,_long = 100_000,1_000
+
+# %% ../nbs/01_snapshot.ipynb #fd957414
 def _autocast_nesting(n=None):
     "How many `autocast` blocks are open; leave them until there are `n`"
     now = torch.autocast_increment_nesting() - 1
@@ -65,91 +80,168 @@ class Snapshot:
     def __init__(self,
         learn:Learner, # The learner; it is not changed
     ):
-        self._seen,self._undo,self._tensors = {},[],[]
+        self._seen,self._undo,self._tensors,self._loaders,self._todo = {id(learn): (learn, False)},[],[],[],[]
         self._undo_dict(vars(learn))
-        for o in vars(learn).values(): self._visit(o)
-        self._visit(learn.dls.train)
+        self._todo = [(v, k == 'dls') for k,v in vars(learn).items()]
+        while self._todo: self._visit(*self._todo.pop())
         for setter,state in _global_state(): self._undo.append(lambda setter=setter, state=state: setter(state))
 
-    def _undo_dict(self, d):
-        saved,cls = dict(d),OrderedDict if isinstance(d, OrderedDict) else dict  # not a subclass's own methods: they may refuse
+# %% ../nbs/01_snapshot.ipynb #93d534a7
+@patch
+def _visit(self:Snapshot, o, data):
+    if o is None or isinstance(o, (bool, int, float, complex, str, bytes)) or not self._is_new(o, data): return
+    if   isinstance(o, _rngs): self._undo_rng(o)
+    elif isinstance(o, torch.Tensor):
+        if not data or o.numel() <= _large: self._undo_tensor(o)
+    elif isinstance(o, np.ndarray):
+        if not data or o.size <= _large: self._undo_array(o)
+    elif isinstance(o, (pd.DataFrame, pd.Series)):
+        if not data: self._undo.append(lambda o=o, saved=o.copy(): o.__setstate__(saved.__getstate__()))
+    elif isinstance(o, _calls): self._visit_call(o, data)
+    elif isinstance(o, (dict, list, tuple, set, deque)):
+        self._visit_container(o, data)
+        if hasattr(o, '__dict__'): self._visit_attrs(o, data)
+    elif not isinstance(o, _closed) and (isinstance(o, SimpleNamespace) or type(o).__module__.partition('.')[0] not in _outside): self._visit_attrs(o, data)
+
+@patch
+def _is_new(self:Snapshot, o, data):
+    "Whether there is more to see of `o`, then noted as seen: it may be met in the data first"
+    known = self._seen.get(id(o))
+    if known and (data or not known[1]): return False
+    self._seen[id(o)] = o,data
+    return True
+
+@patch
+def _visit_container(self:Snapshot, o, data):
+    vals = list(o.values() if isinstance(o, dict) else o)
+    if isinstance(o, dict): self._undo_dict(o)
+    elif not isinstance(o, tuple):
+        cls = next(c for c in (list, deque, set) if isinstance(o, c))  # not a subclass's own methods: they may refuse
         def undo():
-            cls.clear(d)
-            for k,v in saved.items(): cls.__setitem__(d, k, v)
+            cls.clear(o)
+            (cls.update if cls is set else cls.extend)(o, vals)
         self._undo.append(undo)
+    if not data or len(vals) <= _long: self._todo += [(v, data) for v in vals]
 
-    def _undo_tensor(self, t):
-        same,data = t.detach(),t.detach().to('cpu', copy=True)
-        if t.is_leaf: self._tensors.append((t, t.requires_grad, t.grad))
-        def undo():
-            if not torch._debug_has_internal_overlap(same): same.copy_(data)  # an expanded tensor takes no writes
-            t.data = same
-        self._undo.append(undo)
+@patch
+def _visit_attrs(self:Snapshot, o, data):
+    data = (data or isinstance(o, _data)) and not isinstance(o, nn.Module)
+    attrs,slots = getattr(o, '__dict__', None),_slots(o)
+    vals = [*(attrs or {}).values(), *slots.values()]
+    if not isinstance(o, _own) and any(isinstance(v, _live) for v in vals): vals = [v for v in vals if isinstance(v, _rngs)]
+    else:
+        if attrs is not None: self._undo_dict(attrs)
+        if slots: self._undo.append(lambda: [object.__setattr__(o, k, v) for k,v in slots.items()])
+        if isinstance(o, torch.jit.ScriptModule): self._undo_script(o)
+        if isinstance(o, torch_data.DataLoader): self._loaders.append((o, o._iterator))
+    self._todo += [(v, data) for v in vals]
+    self._visit_globals(type(o).__module__)
 
-    def _visit(self, o):
-        "Remember the state of `o` and of what it holds"
-        if o is None or isinstance(o, (bool, int, float, str)) or id(o) in self._seen: return
-        self._seen[id(o)] = o
-        if   isinstance(o, torch.Tensor): self._undo_tensor(o)
-        elif isinstance(o, np.ndarray):
-            saved = o.copy()
-            def undo():
-                if o.shape != saved.shape: o.resize(saved.shape, refcheck=False)
-                if o.flags.writeable: np.copyto(o, saved)
-            self._undo.append(undo)
-        elif isinstance(o, random.Random):
-            state = o.getstate()
-            self._undo.append(lambda: o.setstate(state))
-        elif isinstance(o, torch.Generator):
-            state = o.get_state()
-            self._undo.append(lambda: o.set_state(state))
-        elif isinstance(o, (np.random.Generator, np.random.RandomState)): self._undo_numpy_rng(o)
-        elif isinstance(o, dict):
-            self._undo_dict(o)
-            for v in list(o.values()): self._visit(v)
-        elif isinstance(o, (list, deque, set)):
-            saved,cls = list(o),next(c for c in (list, deque, set) if isinstance(o, c))
-            def undo():
-                cls.clear(o)
-                (cls.update if cls is set else cls.extend)(o, saved)
-            self._undo.append(undo)
-            for v in saved: self._visit(v)
-        elif isinstance(o, tuple):
-            for v in o: self._visit(v)
-        elif isinstance(o, _walked):
-            self._undo_dict(vars(o))
-            for k,v in list(vars(o).items()):
-                if k not in _data: self._visit(v)
-            if isinstance(o, torch.jit.ScriptModule): self._undo_script(o)
+@patch
+def _visit_call(self:Snapshot, o, data):
+    if isinstance(o, MethodType): self._todo += [(o.__self__, data), (o.__func__, data)]
+    elif isinstance(o, partial): self._visit_rngs([o.func, *o.args, *o.keywords.values()])
+    elif isinstance(o, BuiltinMethodType): self._visit_rngs([o.__self__])
+    else:
+        self._visit_rngs([*inspect.getclosurevars(o).nonlocals.values(), *(o.__defaults__ or ()), *(o.__kwdefaults__ or {}).values()])
+        self._visit_globals(o.__module__)
 
-    def _undo_script(self, o):
-        "TorchScript keeps its state out of `vars`"
-        for t in (*o.parameters(), *o.buffers()): self._visit(t)
-        modes = [(m, m.training) for m in o.modules()]
-        self._undo.append(lambda: [setattr(m, 'training', mode) for m,mode in modes])
+@patch
+def _visit_rngs(self:Snapshot, vals): self._todo += [(v, True) for v in vals if isinstance(v, (*_rngs, *_calls))]
 
-    def _undo_numpy_rng(self, o):
+@patch
+def _visit_globals(self:Snapshot, module):
+    module = sys.modules.get(module)
+    if module and self._is_new(module, False): self._todo += [(v, True) for v in list(vars(module).values()) if isinstance(v, _rngs)]
+
+# %% ../nbs/01_snapshot.ipynb #a8da56f2
+@patch
+def _undo_dict(self:Snapshot, d):
+    saved,cls = dict(d),OrderedDict if isinstance(d, OrderedDict) else dict
+    def undo():
+        cls.clear(d)
+        for k,v in saved.items(): cls.__setitem__(d, k, v)
+    self._undo.append(undo)
+
+@patch
+def _undo_tensor(self:Snapshot, t):
+    same = t.detach()
+    data = same.to('cpu', copy=True) if t.layout == torch.strided else same.clone()
+    if t.is_leaf:
+        self._tensors.append((t, t.requires_grad, t.grad))
+        for name in ('_backward_hooks', '_post_accumulate_grad_hooks'): self._undo_hooks(t, name)
+    def undo():
+        if same.layout == torch.strided and not torch._debug_has_internal_overlap(same): same.copy_(data)  # an expanded tensor takes no writes
+        t.data = same if same.layout == torch.strided else data
+    self._undo.append(undo)
+
+@patch
+def _undo_hooks(self:Snapshot, t, name):
+    hooks = dict(getattr(t, name) or {})
+    def undo():
+        now = getattr(t, name)  # `None`, or what PyTorch itself looks into
+        if now is not None:
+            now.clear()
+            now.update(hooks)
+    self._undo.append(undo)
+
+@patch
+def _undo_array(self:Snapshot, o):
+    saved = o.copy()
+    def undo():
+        if o.shape != saved.shape: o.resize(saved.shape, refcheck=False)
+        if o.flags.writeable: np.copyto(o, saved)
+    self._undo.append(undo)
+
+@patch
+def _undo_rng(self:Snapshot, o):
+    if isinstance(o, random.Random): setter,state = o.setstate,o.getstate()
+    elif isinstance(o, torch.Generator): setter,state = o.set_state,o.get_state()
+    else:
         bits = o.bit_generator if isinstance(o, np.random.Generator) else o._bit_generator
-        state = bits.state
-        self._undo.append(lambda: setattr(bits, 'state', state))
+        setter,state = partial(setattr, bits, 'state'),bits.state
+    self._undo.append(lambda: setter(state))
 
-    def set_grads_aside(self):
-        "Take the gradients off the parameters, so that training makes new ones; `restore` puts the old ones back"
-        for t,_,_ in self._tensors: t.grad = None
+@patch
+def _undo_script(self:Snapshot, o):
+    "TorchScript keeps its state out of `vars`"
+    self._todo += [(t, False) for t in (*o.parameters(), *o.buffers())]
+    modes = [(m, m.training) for m in o.modules()]
+    self._undo.append(lambda: [setattr(m, 'training', mode) for m,mode in modes])
 
-    def _undo_grad(self, t, requires_grad, grad):
-        if not t.is_leaf: t.detach_()  # somebody added to it in place, a loss for example
-        if t.requires_grad != requires_grad: t.requires_grad_(requires_grad)
-        t.grad = grad
+# %% ../nbs/01_snapshot.ipynb #6ae92392
+@patch
+def set_aside(self:Snapshot):
+    "Take away the gradients, and the workers of loaders that keep theirs, so that training makes new ones; `restore` puts the old ones back"
+    for t,*_ in self._tensors: t.grad = None
+    for dl,_ in self._loaders: dl._iterator = None
 
-    def restore(self):
-        "Put everything back; may be called more than once. What cannot be put back holds up nothing else: its error is raised at the end"
-        errors = []
-        with torch.no_grad(), _uninterrupted():
-            for undo in [*reversed(self._undo), *(partial(self._undo_grad, *o) for o in self._tensors)]:
-                try: undo()
-                except Exception as e: errors.append(e)
-        if errors: raise errors[0]
+@patch
+def _end_workers(self:Snapshot, error):
+    "End the worker processes that were started since `set_aside`, also those that the traceback of `error` keeps alive"
+    for dl,kept in self._loaders:
+        if isinstance(dl._iterator, _MultiProcessingDataLoaderIter) and dl._iterator is not kept: dl._iterator._shutdown_workers()
+    while error:
+        for frame,_ in traceback.walk_tb(error.__traceback__):
+            it = frame.f_locals.get('self')
+            if isinstance(it, _MultiProcessingDataLoaderIter): it._shutdown_workers()
+        error = error.__cause__ or error.__context__
+
+@patch
+def _undo_grad(self:Snapshot, t, requires_grad, grad):
+    if not t.is_leaf: t.detach_()  # somebody added to it in place, a loss for example
+    if t.requires_grad != requires_grad: t.requires_grad_(requires_grad)
+    t.grad = grad
+
+@patch
+def restore(self:Snapshot):
+    "Put everything back; may be called more than once. What cannot be put back holds up nothing else: its error is raised at the end"
+    errors = []
+    with torch.no_grad(), _uninterrupted():
+        for undo in [partial(self._end_workers, sys.exc_info()[1]), *reversed(self._undo), *(partial(self._undo_grad, *o) for o in self._tensors)]:
+            try: undo()
+            except Exception as e: errors.append(e)
+    if errors: raise errors[0]
 
 # %% ../nbs/01_snapshot.ipynb #75a1fa82
 @contextmanager
@@ -159,6 +251,6 @@ def no_footprint(
     "Leave `learn` exactly as it was when the block ends, or breaks off by whatever exception"
     snapshot = Snapshot(learn)
     try:
-        snapshot.set_grads_aside()
+        snapshot.set_aside()
         yield
     finally: snapshot.restore()

@@ -105,10 +105,12 @@ def _suggestion_in_words(stats, bs):
     if bs > bs0/1.25: return capped.strip() or f"bs={bs0} is about right: larger batches mostly burn compute, smaller ones mostly cost steps."
     return f"bs={bs} should reach the same loss with {about} {examples} of the examples of bs={bs0}, in {about} {steps} times as many steps."
 
-# %% ../nbs/02_suggest.ipynb #c1b21c53
+# %% ../nbs/02_suggest.ipynb #cab97f3f
+_small_bs = 32  # from here on the noise scale of a model with batch-norm changes little with the batch size
+
 def bs_summary(
     stats:pd.DataFrame, # Measurements of a mock training: `learn.recorder.bs_stats`
-) -> str: # One or two plain sentences, three where the run ended early
+) -> str: # One or two plain sentences; one more where the run ended early, and one where small batches meet batch-norm
     "The noise scale, how sure it is, and what it means for the batch size in use"
     res = [_noise_scale_in_words(stats)]
     if stats.attrs.get('stopped'): res.insert(0, stats.attrs['stopped'])
@@ -116,5 +118,8 @@ def bs_summary(
     elif stats.attrs.get('diverged'): pass
     elif len(stats) and stats.loss.iloc[-1] - stats.loss.iloc[0] > abs(stats.loss.iloc[0]):
         res.append(f"The training loss rose from {stats.loss.iloc[0]:.3g} to {stats.loss.iloc[-1]:.3g}: lower lr, the noise scale belongs to a training that works.")
-    elif bs := critical(stats): res.append(_suggestion_in_words(stats, bs))
+    elif bs := critical(stats):
+        res.append(_suggestion_in_words(stats, bs))
+        if stats.attrs.get('batch_norm') and stats.attrs['bs'] < _small_bs: res.append(
+            f"With batch-norm this number belongs to bs={stats.attrs['bs']}, larger batches give a larger one: measure again at the batch size that you will train with.")
     return ' '.join(res)
