@@ -219,13 +219,12 @@ def set_aside(self:Snapshot):
 @patch
 def _end_workers(self:Snapshot, error):
     "End the worker processes that were started since `set_aside`, also those that the traceback of `error` keeps alive"
-    for dl,kept in self._loaders:
-        if isinstance(dl._iterator, _MultiProcessingDataLoaderIter) and dl._iterator is not kept: dl._iterator._shutdown_workers()
+    started = [dl._iterator for dl,kept in self._loaders if dl._iterator is not kept]
     while error:
-        for frame,_ in traceback.walk_tb(error.__traceback__):
-            it = frame.f_locals.get('self')
-            if isinstance(it, _MultiProcessingDataLoaderIter): it._shutdown_workers()
+        started += [frame.f_locals.get('self') for frame,_ in traceback.walk_tb(error.__traceback__)]
         error = error.__cause__ or error.__context__
+    for it in started:
+        if isinstance(it, _MultiProcessingDataLoaderIter) and hasattr(it, '_shutdown'): it._shutdown_workers()
 
 @patch
 def _undo_grad(self:Snapshot, t, requires_grad, grad):

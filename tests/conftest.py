@@ -2,7 +2,7 @@
 import os, subprocess, sys
 from pathlib import Path
 
-import matplotlib, pytest, torch
+import matplotlib, pandas as pd, pytest, torch
 
 matplotlib.use('agg')
 torch.set_num_threads(1)  # faster for networks as small as these
@@ -28,3 +28,15 @@ def fastai_data(monkeypatch):
         monkeypatch.setenv('FASTAI_HOME', str(home))
         return home/'data'/name
     return get
+
+
+def pytest_addoption(parser): parser.addoption('--works-with', metavar='FILE', help='write the table of what bs_find works with to this CSV file')
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    file = config.getoption('--works-with')
+    if not file: return
+    reports = [r for r in terminalreporter.getreports('passed') + terminalreporter.getreports('failed') if r.when == 'call']
+    cells = [(*cell, 'yes' if r.passed else 'no') for r in reports for key,cell in r.user_properties if key == 'works with']
+    table = pd.DataFrame(cells, columns=['kind', 'name', 'column', 'value']).pivot(index=['kind', 'name'], columns='column', values='value')
+    table[['works', 'footprint-free']].to_csv(file)

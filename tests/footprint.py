@@ -1,0 +1,97 @@
+"The check that nobody can tell that `bs_find` ran: everything that can be reached from a learner, compared bit for bit"
+import hashlib, inspect, random
+from collections import deque
+from types import ModuleType
+
+import numpy as np, pandas as pd, torch
+from torch.utils.data.dataloader import _BaseDataLoaderIter
+
+
+def digest(data): return hashlib.blake2b(data, digest_size=8).hexdigest()
+
+
+def frozen(o, seen):
+    "The state of `o` in plain values that can be compared; what was seen before is a number, so sharing is compared too"
+    if o is None or isinstance(o, (bool, int, float, complex, str, bytes, type, ModuleType)): return o if o == o else 'nan'
+    if id(o) in seen: return f'no. {seen[id(o)][0]}'
+    seen[id(o)] = len(seen),o
+    sub = lambda v: frozen(v, seen)
+    if isinstance(o, torch.Tensor):
+        t = o.detach().to_dense() if o.layout != torch.strided else o.detach()
+        return dict(id=id(o), kind=(o.dtype, str(o.device), o.layout, tuple(o.shape), o.stride() if o.layout == torch.strided else None, o.requires_grad, o.is_leaf), data=digest(t.cpu().contiguous().view(torch.uint8).numpy().tobytes() if t.ndim else t.cpu().numpy().tobytes()),
+                    grad=sub(o.grad) if o.is_leaf else None, hooks=len(o._backward_hooks or ()))
+    if isinstance(o, np.ndarray): return [id(o), o.dtype, o.shape, digest(o.tobytes())] if o.dtype != object else [id(o), len(o)]
+    if isinstance(o, (pd.DataFrame, pd.Series)): return [id(o), o.shape, o.to_csv() if o.size < 10_000 else None]
+    if isinstance(o, random.Random): return digest(repr(o.getstate()).encode())
+    if isinstance(o, torch.Generator): return digest(o.get_state().numpy().tobytes())
+    if isinstance(o, np.random.Generator): return repr(o.bit_generator.state)
+    if isinstance(o, np.random.RandomState): return digest(repr(o.get_state()).encode())
+    if isinstance(o, dict): res = {k if isinstance(k, (str, int)) else id(k): sub(v) for k,v in o.items()}
+    elif isinstance(o, (list, tuple, deque)): res = dict(enumerate(map(sub, o)))
+    elif isinstance(o, (set, frozenset)): res = sorted(map(repr, map(sub, o)))
+    elif inspect.isfunction(o): return [id(o), [sub(c.cell_contents) for c in o.__closure__ or ()]]
+    elif inspect.ismethod(o): return sub(o.__self__)
+    else: res = None
+    if isinstance(o, _BaseDataLoaderIter) or not hasattr(o, '__dict__'): return [type(o), res]
+    return [type(o), id(o), res, {k: sub(v) for k,v in vars(o).items()}]
+
+
+def state(learn):
+    "All that a training could change: what can be reached from the learner, and the global random generators and autocast"
+    return dict(learn=frozen(learn, {}), flags=[m.training for m in learn.model.modules()], autocast=(torch.is_autocast_enabled('cpu'), torch.is_autocast_enabled('cuda')),
+                rng=[digest(repr(s).encode()) for s in (random.getstate(), np.random.get_state(), torch.get_rng_state().tolist())])
+
+
+def changes(was, now, path='learn'):
+    "Where two states differ, as a list of paths"
+    if was == now: return []
+    if isinstance(was, dict) and isinstance(now, dict):
+        return sum([changes(was.get(k, 'missing'), now.get(k, 'missing'), f'{path}.{k}') for k in {**was, **now}], [])
+    if isinstance(was, (list, tuple)) and isinstance(now, (list, tuple)) and len(was) == len(now):
+        return sum([changes(a, b, f'{path}[{i}]') for i,(a,b) in enumerate(zip(was, now))], [])
+    return [path]
+
+
+def forget(learn):
+    "Take the result of `bs_find` off the recorder"
+    if hasattr(learn.recorder, 'bs_stats'): del learn.recorder.bs_stats
+
+
+def trained(learn):
+    "What a training leaves behind, without object identities, so that two learners can be compared"
+    opt = learn.opt.state_dict() if learn.opt else None
+    seen,tensors = {},lambda o: [t.detach().clone() for t in o]
+    return dict(weights=tensors([*learn.model.parameters(), *learn.model.buffers()]), opt=frozen_values(opt), losses=[float(l) for l in learn.recorder.losses], values=[list(map(float, v)) for v in learn.recorder.values],
+                rng=[random.random(), np.random.rand(), torch.rand(1).item()])
+
+
+def frozen_values(o):
+    if isinstance(o, torch.Tensor): return o.detach().clone()
+    if isinstance(o, dict): return [frozen_values(v) for v in o.values()]
+    if isinstance(o, (list, tuple)): return [frozen_values(v) for v in o]
+    return o
+
+
+def same(a, b):
+    "Whether two trainings left the same behind, bit for bit"
+    if isinstance(a, torch.Tensor): return isinstance(b, torch.Tensor) and torch.equal(a.nan_to_num(7), b.nan_to_num(7))
+    if isinstance(a, dict): return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)): return len(a) == len(b) and all(map(same, a, b))
+    return a == b or (a != a and b != b)
+
+
+def assert_no_footprint(make, find, fit):
+    "After `find` the learner is as it was, `find` gives the same again, and `fit` goes as on a learner that never saw `find`; `make` gives equal learners"
+    learn = make()
+    was = state(learn)
+    find(learn)
+    first = learn.recorder.bs_stats
+    forget(learn)
+    assert changes(was, state(learn)) == []
+    find(learn)
+    pd.testing.assert_frame_equal(first, learn.recorder.bs_stats)
+    fit(learn)
+    after,other = trained(learn),make()
+    fit(other)
+    assert same(after, trained(other))
+    assert len(after['losses'])

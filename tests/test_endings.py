@@ -1,0 +1,88 @@
+"However a run ends, in whatever learner, nothing remains of it: no change, and no worker process"
+import math, multiprocessing
+
+import pytest, torch
+from fastai.basics import Callback, CancelFitException
+
+import fastai_bs_finder.all
+from footprint import changes, forget, same, state, trained
+from learners import maker
+
+kinds = {'tabular': 'tabular: `TabularDataLoaders`, embeddings', 'image': 'vision: `unet_learner`, segmentation', 'text': 'text: `language_model_learner`',
+         'loaders of PyTorch': 'plain PyTorch: model and loaders'}
+first,middle,last = 0,9,19
+
+
+def mocking(learn): return hasattr(learn, 'lr_finder')
+
+
+class At(Callback):
+    "Call `f` in `event` of batch number `at` of a mock training"
+    order = 5
+    def __init__(self, event, at, f):
+        def call():
+            if mocking(self.learn) and self.train_iter == at: f(self.learn)
+        setattr(self, event, call)
+
+
+def throw(error):
+    def f(*args): raise error
+    return f
+
+
+class Collate:
+    "A collate function that fails at its call number `at`, counted in an attribute of its own"
+    def __init__(self, f, at): self.f,self.at,self.calls = f,at,0
+    def __call__(self, *args):
+        self.calls += 1
+        if self.calls == self.at + 1: raise OSError('unreadable')
+        return self.f(*args)
+
+
+def in_model(learn, at, error=ValueError('broken model')):
+    def hook(*args):
+        if mocking(learn) and learn.train_iter == at: raise error
+    learn.model.register_forward_pre_hook(hook)
+
+def out_of_memory(learn, at): in_model(learn, at, torch.OutOfMemoryError('no memory left'))
+def in_callback(learn, at): learn.add_cb(At('after_pred', at, throw(ValueError('broken callback'))))
+def interrupt(learn, at): learn.add_cb(At('before_batch', at, throw(KeyboardInterrupt())))
+def interrupt_late(learn, at): learn.add_cb(At('after_loss', at, throw(KeyboardInterrupt())))
+def cancel(learn, at): learn.add_cb(At('after_loss', at, throw(CancelFitException())))
+def no_number(learn, at): learn.add_cb(At('after_loss', at, lambda l: setattr(l, 'loss', l.loss*math.nan) or setattr(l, 'loss_grad', l.loss_grad*math.nan)))
+
+def in_loader(learn, at):
+    dl = learn.dls.train
+    name = 'collate_fn' if isinstance(dl, torch.utils.data.DataLoader) else 'create_batch'
+    object.__setattr__(dl, name, Collate(getattr(dl, name), at))
+
+def in_worker(learn, at):
+    dl = learn.dls.train
+    if isinstance(dl, torch.utils.data.DataLoader): dl.num_workers,dl.prefetch_factor = 1,2
+    else: dl.fake_l.num_workers = 1
+    in_loader(learn, at)
+
+
+endings = {in_model: ValueError, out_of_memory: torch.OutOfMemoryError, in_callback: ValueError, interrupt: KeyboardInterrupt, interrupt_late: KeyboardInterrupt, in_loader: OSError, in_worker: OSError, cancel: None, no_number: None}
+
+@pytest.mark.parametrize('at', [first, middle, last])
+@pytest.mark.parametrize('kind', kinds)
+@pytest.mark.parametrize('break_it,error', endings.items(), ids=[f.__name__ for f in endings])
+def test_nothing_remains(break_it, error, kind, at, fastai_data):
+    make,lr = maker(kinds[kind], fastai_data)
+    def find(learn): return learn.bs_find(lr, 20, 4, show_plot=False)
+    learn = make()
+    break_it(learn, at)
+    was,processes = state(learn),multiprocessing.active_children()
+    if error:
+        with pytest.raises(error): find(learn)
+    else: assert find(learn).critical is None or at > first
+    assert multiprocessing.active_children() == processes
+    forget(learn)
+    assert changes(was, state(learn)) == []
+    if break_it in (in_loader, in_worker): return             # they would break `fit` as well
+    learn.fit(1, lr)
+    after,other = trained(learn),make()
+    break_it(other, at)
+    other.fit(1, lr)
+    assert same(after, trained(other))
