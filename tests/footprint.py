@@ -60,13 +60,13 @@ def forget(learn):
 def trained(learn):
     "What a training leaves behind, without object identities, so that two learners can be compared"
     opt = learn.opt.state_dict() if learn.opt else None
-    seen,tensors = {},lambda o: [t.detach().clone() for t in o]
-    return dict(weights=tensors([*learn.model.parameters(), *learn.model.buffers()]), opt=frozen_values(opt), losses=[float(l) for l in learn.recorder.losses], values=[list(map(float, v)) for v in learn.recorder.values],
+    return dict(weights=frozen_values([*learn.model.parameters(), *learn.model.buffers()]), opt=frozen_values(opt), losses=[float(l) for l in learn.recorder.losses], values=[list(map(float, v)) for v in learn.recorder.values],
                 rng=[random.random(), np.random.rand(), torch.rand(1).item()])
 
 
 def frozen_values(o):
-    if isinstance(o, torch.Tensor): return o.detach().clone()
+    "A copy of the tensors and numbers in `o`"
+    if isinstance(o, torch.Tensor): return o.detach().to_dense().clone()
     if isinstance(o, dict): return [frozen_values(v) for v in o.values()]
     if isinstance(o, (list, tuple)): return [frozen_values(v) for v in o]
     return o

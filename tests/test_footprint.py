@@ -1,50 +1,26 @@
 "After bs_find, however it ended, nobody can tell that it ran"
-import random, signal
+import dataclasses, multiprocessing, random, signal, threading
 from copy import deepcopy
 from functools import partial
+from types import SimpleNamespace
 
-import numpy as np, pytest, torch
+import numpy as np, pandas as pd, pytest, torch
 from torch import nn
-from fastai.basics import Adam, Callback, CrossEntropyLossFlat, DataLoaders, Learner, Metric, OptimWrapper, SGD, accuracy
+from fastai.basics import Adam, Callback, CrossEntropyLossFlat, DataLoader, DataLoaders, Learner, OptimWrapper, Pipeline, SGD, Transform, accuracy, set_seed
 from fastai.callback.all import MixUp, ParamScheduler, ProgressCallback, SchedCos, rnn_cbs
 from fastai.imports import noop
 
 from fastai_bs_finder.all import *
 from fastai_bs_finder.demo import digits_learner
+from footprint import assert_no_footprint, changes, state
+from learners import digits, mlp, torch_loaders
 
 
-def frozen(o, seen=None):
-    "A copy of the state of `o`, of plain values only, that can be compared"
-    seen = seen or set()
-    if id(o) in seen: return 'seen'
-    sub = lambda v: frozen(v, seen | {id(o)})
-    if isinstance(o, torch.Tensor):
-        grad = o.grad if o.is_leaf else None
-        return ('tensor', o.dtype, o.device, o.requires_grad, o.detach().cpu().numpy().tobytes(), None if grad is None else grad.cpu().numpy().tobytes())
-    if isinstance(o, np.ndarray): return o.tobytes()
-    if isinstance(o, random.Random): return o.getstate()
-    if isinstance(o, (list, tuple)): return [type(o)] + [sub(v) for v in o]
-    if isinstance(o, dict): return {k if isinstance(k, (str, int)) else id(k): sub(v) for k,v in o.items()}
-    if isinstance(o, (Callback, Metric, nn.Module)) or type(o).__name__ in ('L', 'SGD', 'Optimizer', 'OptimWrapper', 'Adam', 'AdamW'): return (id(o), {k: sub(v) for k,v in vars(o).items() if k != 'learn'})
-    return id(o) if not isinstance(o, (int, float, str, type(None))) else o
-
-
-def state(learn):
-    "Everything of a learner that a training could change"
-    return dict(learner={k: frozen(v) for k,v in vars(learn).items() if k != 'dls'}, cbs=[(id(c), frozen(c)) for c in learn.cbs], flags=[m.training for m in learn.model.modules()],
-                opt=None if learn.opt is None else [frozen(learn.opt.state.get(p)) for p in learn.model.parameters()] + [dict(h) for h in learn.opt.hypers],
-                dl={k: frozen(v) for k,v in vars(learn.dls.train).items() if k not in ('dataset', 'fake_l')},
-                rng=[random.getstate(), np.random.get_state()[1].tobytes(), torch.get_rng_state().numpy().tobytes()])
-
-
-def changes(was, now, path='learn'):
-    "Where two states differ, as a list of paths"
-    if was == now: return []
-    if isinstance(was, dict) and isinstance(now, dict):
-        return sum([changes(was.get(k, 'missing'), now.get(k, 'missing'), f'{path}.{k}') for k in was.keys() | now.keys()], [])
-    if isinstance(was, (list, tuple)) and isinstance(now, (list, tuple)) and len(was) == len(now):
-        return sum([changes(a, b, f'{path}[{i}]') for i,(a,b) in enumerate(zip(was, now))], [])
-    return [path]
+@pytest.fixture(autouse=True)
+def end_workers():
+    "Persistent workers take seconds to end by themselves"
+    yield
+    for p in multiprocessing.active_children(): p.terminate()
 
 
 def rich_learner(opt_func=Adam, **kwargs):
@@ -290,3 +266,152 @@ def test_a_language_model_keeps_its_order():
         if finds: learn.bs_find(1e-2, 30, 5, show_plot=False)
         res.append(train(learn, 1))
     assert same(*res)
+
+
+# State in objects of any class
+
+class Shaky(Transform):
+    "Adds noise from a generator of its own, and counts"
+    def __init__(self, seed=1): self.rng,self.n = np.random.default_rng(seed),0
+    def encodes(self, x:torch.Tensor):
+        self.n += 1
+        return x + .1*self.rng.random() if x.is_floating_point() else x
+
+
+class Noisy:
+    "A data set of the user's own class, with a generator, a cache and an order that it shuffles"
+    def __init__(self):
+        self.X,self.y = digits()
+        self.rng,self.cache,self.order,self.hits = random.Random(3),{},list(range(320)),np.zeros(320)
+    def __len__(self): return 320
+    def __getitem__(self, i):
+        if i == 0: self.rng.shuffle(self.order)
+        self.cache[i] = self.hits[i] = 1
+        return self.X[self.order[i]] + self.rng.random(),self.y[self.order[i]]
+
+
+class OddOnesLess(torch.utils.data.Sampler):
+    "A sampler with a generator of its own"
+    def __init__(self, n): self.n,self.rng = n,np.random.RandomState(7)
+    def __len__(self): return self.n//2
+    def __iter__(self): return iter(self.rng.choice(self.n, self.n//2, replace=False).tolist())
+
+
+@dataclasses.dataclass(slots=True)
+class Slots:
+    n:int = 0
+    seen:list = dataclasses.field(default_factory=list)
+
+
+class Focal:
+    "A loss of the user's own class, with state: a running mean in a tensor, a slot, and a table"
+    def __init__(self): self.mean,self.slots,self.table,self.last = torch.zeros(2),Slots(),pd.DataFrame(dict(loss=[0.]), index=['first']),SimpleNamespace(pred=None, n=0)
+    def __call__(self, pred, y):
+        loss = nn.functional.cross_entropy(pred, y)
+        self.mean += loss.detach()
+        self.slots.n += 1
+        self.slots.seen.append(loss.item())
+        self.table.loc['first', 'loss'] = loss.item()
+        self.table.loc[len(self.table)] = [loss.item()]
+        self.last.pred,self.last.n = pred.detach(),self.last.n + 1
+        return loss*(1 + self.mean[0]/1e4)
+    def as_method(self, pred, y): return self(pred, y)
+
+
+def own(dataset=None, loss=None, cbs=None, **kwargs):
+    set_seed(1)
+    X,y = digits()
+    dl = DataLoader(dataset or list(zip(X[:320], y[:320])), bs=16, shuffle=True, drop_last=True, **kwargs)
+    return Learner(DataLoaders(dl, torch_loaders().valid), mlp(), loss_func=loss or CrossEntropyLossFlat(), cbs=cbs, metrics=accuracy)
+
+
+def in_closure():
+    rng = np.random.default_rng(5)
+    def collate(samples): return torch.stack([x for x,_ in samples]) + rng.random(),torch.stack([y for _,y in samples])
+    return own(create_batch=collate)
+
+
+global_rng = np.random.default_rng(6)
+
+def from_global(samples): return torch.stack([x for x,_ in samples]) + global_rng.random(),torch.stack([y for _,y in samples])
+
+def with_global():
+    global_rng.bit_generator.state = np.random.default_rng(6).bit_generator.state
+    return own(create_batch=from_global)
+
+
+def with_sampler(**kwargs):
+    set_seed(1)
+    X,y = digits()
+    dl = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(X[:640], y[:640]), 16, sampler=OddOnesLess(640), **kwargs)
+    return Learner(DataLoaders(dl, torch_loaders().valid), mlp(), loss_func=CrossEntropyLossFlat())
+
+
+def after_a_fit(make):
+    def f():
+        learn = make()
+        learn.fit(1, 1e-2)
+        return learn
+    return f
+
+
+def shaken(samples, rng): return torch.stack([x for x,_ in samples]) + rng.random(),torch.stack([y for _,y in samples])
+
+
+class Hooks(Callback):
+    "Registers hooks on parameters, and a sparse buffer, and never takes them off"
+    def before_fit(self):
+        p = next(self.model.parameters())
+        p.register_hook(lambda g: g*1.01)
+        p.register_post_accumulate_grad_hook(lambda p: setattr(p, 'grad', p.grad*1.01))
+        self.learn.model.register_buffer('csr', torch.eye(3).to_sparse_csr())
+    def after_step(self): self.model.csr.values().add_(1)
+
+
+def with_sparse_buffers():
+    learn = own(cbs=Hooks())
+    learn.model.register_buffer('csr', torch.eye(3).to_sparse_csr())
+    return learn
+
+
+odd = {
+    'transform of batches': lambda: own(after_batch=Pipeline([Shaky()])),
+    'transform of items': lambda: own(after_item=Pipeline([Shaky()])),
+    'data set of a class': lambda: own(Noisy()),
+    'data set of a class, workers': lambda: own(Noisy(), num_workers=1),
+    'sampler': with_sampler,
+    'sampler, persistent workers': lambda: with_sampler(num_workers=1, persistent_workers=True),
+    'loss with state': lambda: own(loss=Focal()),
+    'loss that is a method': lambda: own(loss=Focal().as_method),
+    'generator in a closure': in_closure,
+    'generator of the module': with_global,
+    'generator in a partial': lambda: own(create_batch=partial(shaken, rng=random.Random(2))),
+    'method of a generator': lambda: own(after_batch=lambda b, draw=np.random.default_rng(9).random: (b[0] + draw(), b[1])),
+    'hooks and sparse buffers': with_sparse_buffers,
+}
+
+@pytest.mark.filterwarnings('ignore:Sparse CSR')
+@pytest.mark.parametrize('before', ['new', 'trained'])
+@pytest.mark.parametrize('make', odd.values(), ids=odd.keys())
+def test_state_of_any_class(make, before):
+    assert_no_footprint(make if before == 'new' else after_a_fit(make), lambda learn: learn.bs_find(1e-2, 20, 4, show_plot=False), lambda learn: learn.fit(1, 1e-2))
+
+
+def test_persistent_workers_are_kept():
+    learn = after_a_fit(lambda: with_sampler(num_workers=1, persistent_workers=True))()
+    before = multiprocessing.active_children()
+    learn.bs_find(1e-2, 20, 4, show_plot=False)
+    assert multiprocessing.active_children() == before and len(before) == 1
+
+
+def test_what_lives_on_its_own_is_left_alone():
+    "A writer with a thread of its own, as loggers have it, goes on while the learner is restored"
+    class Writer:
+        def __init__(self): self.queue,self.lock,self.written = [],threading.Lock(),0
+        def write(self): self.written += 1
+    class Log(Callback):
+        def __init__(self): self.writer = Writer()
+        def after_step(self): self.writer.write()
+    learn = own(cbs=Log())
+    learn.bs_find(1e-2, 20, 4, show_plot=False)
+    assert learn.log.writer.written > 0
