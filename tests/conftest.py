@@ -3,9 +3,15 @@ import os, subprocess, sys
 from pathlib import Path
 
 import matplotlib, pandas as pd, pytest, torch
+from hypothesis import HealthCheck, settings
 
 matplotlib.use('agg')
 torch.set_num_threads(1)  # faster for networks as small as these
+
+both = dict(deadline=None, database=None, suppress_health_check=list(HealthCheck))
+settings.register_profile('short', max_examples=300, derandomize=True, **both)  # the same cases each time
+settings.register_profile('long', max_examples=10_000, print_blob=True, **both)      # pytest --hypothesis-profile=long
+settings.load_profile('short')
 
 root = Path(__file__).parents[1]
 archives = root.parent/'shared/data'

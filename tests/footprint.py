@@ -18,7 +18,8 @@ def frozen(o, seen):
     sub = lambda v: frozen(v, seen)
     if isinstance(o, torch.Tensor):
         t = o.detach().to_dense() if o.layout != torch.strided else o.detach()
-        return dict(id=id(o), kind=(o.dtype, str(o.device), o.layout, tuple(o.shape), o.stride() if o.layout == torch.strided else None, o.requires_grad, o.is_leaf), data=digest(t.cpu().contiguous().view(torch.uint8).numpy().tobytes() if t.ndim else t.cpu().numpy().tobytes()),
+        kind = o.dtype, str(o.device), o.layout, tuple(o.shape), o.stride() if o.layout == torch.strided else None, o.requires_grad, o.is_leaf
+        return dict(id=id(o), kind=kind, data=digest(t.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()),
                     grad=sub(o.grad) if o.is_leaf else None, hooks=len(o._backward_hooks or ()))
     if isinstance(o, np.ndarray): return [id(o), o.dtype, o.shape, digest(o.tobytes())] if o.dtype != object else [id(o), len(o)]
     if isinstance(o, (pd.DataFrame, pd.Series)): return [id(o), o.shape, o.to_csv() if o.size < 10_000 else None]
