@@ -60,8 +60,8 @@ def rel_examples(
     "Examples to the same loss at `bs`, relative to those at `bs0` (McCandlish et al. 2018, section 2.3)"
     return rel_steps(bs, bs0, noise_scale)*bs/bs0
 
-# %% ../nbs/02_suggest.ipynb #03f61ac0
-def _num(x): return f'{x:.2g}' if x < 10 else f'{float(f"{x:.3g}"):,.0f}'
+# %% ../nbs/02_suggest.ipynb #14ff5407
+def _num(x): return f'{round(x, 2):.2g}' if x < 10 else f'{float(f"{x:.3g}"):,.0f}'
 
 def _ratio(x): return f'{x:.1f}' if x >= 1 else f'{x:.2f}' if x >= .01 else 'less than 0.01'
 
