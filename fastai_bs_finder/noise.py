@@ -83,12 +83,12 @@ class GradSums:
         if dense: torch._foreach_add_([self._sums[i] for i,_ in dense], [g for _,g in dense], alpha=w)
         done = {i for i,_ in dense}
         for i,g in grads:
+            if not g.is_sparse: self._sparse_dims.pop(i, None)
             if i in done: continue
             if self._sums[i] is None:
                 if g.is_sparse: self._sparse_dims[i] = g.sparse_dim()
                 self._sums[i] = torch.zeros_like(g, dtype=torch.promote_types(g.dtype, torch.float32), layout=torch.strided)
             self._sums[i].add_(g, alpha=w)
-            if not g.is_sparse: self._sparse_dims.pop(i, None)
 
     def noise_and_scale(self) -> Noise: # Unbiased `noise` and `scale` of these batches
         "Complete the measurement: two numbers, moved to the host here"

@@ -121,5 +121,5 @@ def bs_summary(
     elif bs := critical(stats):
         res.append(_suggestion_in_words(stats, bs))
         if stats.attrs.get('batch_norm') and stats.attrs['bs'] < _small_bs: res.append(
-            f"With batch-norm this number belongs to bs={stats.attrs['bs']}, larger batches give a larger one: measure again at the batch size that you will train with.")
+            f"With batch-norm this number belongs to bs={stats.attrs['bs']}: larger batches can give a larger one, so measure again at the batch size that you will train with.")
     return ' '.join(res)

@@ -197,23 +197,23 @@ def data_parallel():
 
 # name -> (function that makes the learner, data set that it needs, learning rate)
 applications = {
-    'tabular: `TabularDataLoaders`, embeddings': (tabular, 'adult_sample', 1e-2),
-    'tabular: `TabularPandas`': (tabular_pandas, 'adult_sample', 1e-2),
-    'vision: `vision_learner`, frozen body, augmentation': (mnist_frozen, 'mnist_sample', 1e-2),
-    'vision: `vision_learner`, unfrozen, a slice of learning rates': (cifar_unfrozen, 'cifar10', slice(1e-4, 1e-2)),
-    'vision: `unet_learner`, segmentation': (segmentation, 'mnist_sample', 1e-3),
-    'text: `language_model_learner`': (language_model, 'imdb_sample', 1e-2),
-    'text: `text_classifier_learner`': (text_classifier, 'imdb_sample', slice(1e-3, 1e-2)),
-    'collaborative filtering: `collab_learner`, dense embeddings': (collab, 'movie_lens_sample', 1e-2),
-    'collaborative filtering: `collab_learner`, a network': (collab_nn, 'movie_lens_sample', 1e-2),
-    'collaborative filtering: sparse embeddings, `SparseAdam`': (collab_sparse, 'movie_lens_sample', 1e-2),
+    'tabular: TabularDataLoaders, embeddings': (tabular, 'adult_sample', 1e-2),
+    'tabular: TabularPandas': (tabular_pandas, 'adult_sample', 1e-2),
+    'vision: vision_learner, frozen body, augmentation': (mnist_frozen, 'mnist_sample', 1e-2),
+    'vision: vision_learner, unfrozen, a slice of learning rates': (cifar_unfrozen, 'cifar10', slice(1e-4, 1e-2)),
+    'vision: unet_learner, segmentation': (segmentation, 'mnist_sample', 1e-3),
+    'text: language_model_learner': (language_model, 'imdb_sample', 1e-2),
+    'text: text_classifier_learner': (text_classifier, 'imdb_sample', slice(1e-3, 1e-2)),
+    'collaborative filtering: collab_learner, dense embeddings': (collab, 'movie_lens_sample', 1e-2),
+    'collaborative filtering: collab_learner, a network': (collab_nn, 'movie_lens_sample', 1e-2),
+    'collaborative filtering: sparse embeddings, SparseAdam': (collab_sparse, 'movie_lens_sample', 1e-2),
     'plain PyTorch: model and loaders': (plain_pytorch, None, 1e-2),
-    'plain PyTorch: LSTM over `PackedSequence`': (surnames, 'names', 1e-2),
+    'plain PyTorch: LSTM over PackedSequence': (surnames, 'names', 1e-2),
     'several inputs, several targets': (two_inputs_two_targets, None, 1e-2),
     'batches with dictionaries': (dict_batches, None, 1e-2),
     'a stream without a length, fastai loader': (stream, None, 1e-2),
     'a stream without a length, PyTorch loader': (torch_stream, None, 1e-2),
-    '`nn.DataParallel`': (data_parallel, None, 1e-2),
+    'nn.DataParallel': (data_parallel, None, 1e-2),
 }
 
 

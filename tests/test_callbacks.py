@@ -69,46 +69,46 @@ def wandb_run(path):
 
 
 callbacks = {
-    '`MixedPrecision`, fp16 with loss scaling': lambda path: OnCPU(),
-    '`MixedPrecision`, fp16 with an overflow': lambda path: [OnCPU(), Overflow()],
-    '`MixedPrecision`, bf16': lambda path: OnCPU('bf16'),
-    '`NonNativeMixedPrecision`': lambda path: [ModelToHalf(), Half(max_loss_scale=2.**8)],
-    '`GradientAccumulation`': lambda path: GradientAccumulation(32),
-    '`GradientClip`': lambda path: GradientClip(.01),
-    '`MixUp`': lambda path: MixUp(),
-    '`CutMix`': lambda path: CutMix(),
-    '`SaveModelCallback`': lambda path: SaveModelCallback(every_epoch=True),
-    '`EarlyStoppingCallback`': lambda path: EarlyStoppingCallback(patience=1),
-    '`ReduceLROnPlateau`': lambda path: ReduceLROnPlateau(),
-    '`CSVLogger`': lambda path: CSVLogger(),
-    '`TensorBoardCallback`': lambda path: TensorBoardCallback(path/'runs', trace_model=False, log_preds=False),
-    '`ShowGraphCallback`': lambda path: ShowGraphCallback(),
-    '`BnFreeze`': lambda path: BnFreeze(),
-    '`ChannelsLast`': lambda path: ChannelsLast(),
-    '`ParamScheduler`': lambda path: ParamScheduler(dict(lr=SchedCos(1e-2, 1e-4), mom=SchedCos(.9, .8))),
-    '`ActivationStats`': lambda path: ActivationStats(with_hist=True),
-    '`CollectDataCallback`': lambda path: CollectDataCallback(),
-    '`ShortEpochCallback`': lambda path: ShortEpochCallback(pct=.9),
-    '`TerminateOnNaNCallback`': lambda path: TerminateOnNaNCallback(),
+    'MixedPrecision, fp16 with loss scaling': lambda path: OnCPU(),
+    'MixedPrecision, fp16 with an overflow': lambda path: [OnCPU(), Overflow()],
+    'MixedPrecision, bf16': lambda path: OnCPU('bf16'),
+    'NonNativeMixedPrecision': lambda path: [ModelToHalf(), Half(max_loss_scale=2.**8)],
+    'GradientAccumulation': lambda path: GradientAccumulation(32),
+    'GradientClip': lambda path: GradientClip(.01),
+    'MixUp': lambda path: MixUp(),
+    'CutMix': lambda path: CutMix(),
+    'SaveModelCallback': lambda path: SaveModelCallback(every_epoch=True),
+    'EarlyStoppingCallback': lambda path: EarlyStoppingCallback(patience=1),
+    'ReduceLROnPlateau': lambda path: ReduceLROnPlateau(),
+    'CSVLogger': lambda path: CSVLogger(),
+    'TensorBoardCallback': lambda path: TensorBoardCallback(path/'runs', trace_model=False, log_preds=False),
+    'ShowGraphCallback': lambda path: ShowGraphCallback(),
+    'BnFreeze': lambda path: BnFreeze(),
+    'ChannelsLast': lambda path: ChannelsLast(),
+    'ParamScheduler': lambda path: ParamScheduler(dict(lr=SchedCos(1e-2, 1e-4), mom=SchedCos(.9, .8))),
+    'ActivationStats': lambda path: ActivationStats(with_hist=True),
+    'CollectDataCallback': lambda path: CollectDataCallback(),
+    'ShortEpochCallback': lambda path: ShortEpochCallback(pct=.9),
+    'TerminateOnNaNCallback': lambda path: TerminateOnNaNCallback(),
     "a user's own, which cancels batches, steps and the fit": lambda path: Own(),
 }
 optimizers = {
-    '`SGD`': SGD,
-    '`SGD`, momentum': partial(SGD, mom=.9),
-    '`Adam`': Adam,
-    '`RAdam`': RAdam,
-    '`RMSProp`': RMSProp,
-    '`QHAdam`': QHAdam,
-    '`Larc`': Larc,
-    '`Lamb`': Lamb,
-    '`Lookahead`': lambda params, lr: Lookahead(SGD(params, lr)),
-    '`ranger`': ranger,
-    '`OptimWrapper`, AdamW': partial(OptimWrapper, opt=torch.optim.AdamW),
-    '`OptimWrapper`, SGD': partial(OptimWrapper, opt=partial(torch.optim.SGD, momentum=.9, nesterov=True)),
-    '`OptimWrapper`, Adagrad': partial(OptimWrapper, opt=torch.optim.Adagrad),
+    'SGD': SGD,
+    'SGD, momentum': partial(SGD, mom=.9),
+    'Adam': Adam,
+    'RAdam': RAdam,
+    'RMSProp': RMSProp,
+    'QHAdam': QHAdam,
+    'Larc': Larc,
+    'Lamb': Lamb,
+    'Lookahead': lambda params, lr: Lookahead(SGD(params, lr)),
+    'ranger': ranger,
+    'OptimWrapper, AdamW': partial(OptimWrapper, opt=torch.optim.AdamW),
+    'OptimWrapper, SGD': partial(OptimWrapper, opt=partial(torch.optim.SGD, momentum=.9, nesterov=True)),
+    'OptimWrapper, Adagrad': partial(OptimWrapper, opt=torch.optim.Adagrad),
 }
-with_wandb = '`WandbCallback`'
-rnn = '`ModelResetter`, `RNNCallback`, `RNNRegularizer`'   # carried by every AWD_LSTM learner
+with_wandb = 'WandbCallback'
+rnn = 'ModelResetter, RNNCallback, RNNRegularizer'   # carried by every AWD_LSTM learner
 
 
 def learner(kind, name, path, fastai_data):
@@ -157,7 +157,7 @@ def test_works(kind, name, tmp_path, fastai_data, record_property):
     files = written()
     find(learn, 1e-2)
     stats = learn.recorder.bs_stats
-    assert len(stats) == 3 or name == '`MixedPrecision`, fp16 with an overflow'
+    assert len(stats) == 3 or name == 'MixedPrecision, fp16 with an overflow'
     b,grads = zip(*last)
     assert stats[['raw_noise', 'raw_scale']].iloc[-1].tolist() == pytest.approx(paper_estimate(list(grads), b[0]), rel=1e-3)
     assert written() == files

@@ -8,7 +8,7 @@ import fastai_bs_finder.all
 from footprint import changes, forget, same, state, trained
 from learners import maker
 
-kinds = {'tabular': 'tabular: `TabularDataLoaders`, embeddings', 'image': 'vision: `unet_learner`, segmentation', 'text': 'text: `language_model_learner`',
+kinds = {'tabular': 'tabular: TabularDataLoaders, embeddings', 'image': 'vision: unet_learner, segmentation', 'text': 'text: language_model_learner',
          'loaders of PyTorch': 'plain PyTorch: model and loaders'}
 first,middle,last = 0,9,19
 

@@ -1,5 +1,5 @@
 "The mock training, its result, its words and its errors"
-import math, random, re, warnings
+import itertools, math, random, re, warnings
 from copy import deepcopy
 from functools import partial
 
@@ -7,7 +7,7 @@ import numpy as np, pandas as pd, pytest, torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 from fastai.basics import (Adam, Callback, CancelBackwardException, CancelBatchException, CancelFitException, CancelStepException, DataLoader, OptimWrapper, SGD, accuracy)
-from fastai.callback.all import (CSVLogger, EarlyStoppingCallback, GradientAccumulation, GradientClip, MixedPrecision, ParamScheduler, ReduceLROnPlateau, SaveModelCallback,
+from fastai.callback.all import (BnFreeze, CSVLogger, EarlyStoppingCallback, GradientAccumulation, GradientClip, MixedPrecision, ParamScheduler, ReduceLROnPlateau, SaveModelCallback,
                                  SchedCos, ShowGraphCallback)
 
 import fastai_bs_finder.finder as finder
@@ -558,6 +558,44 @@ def test_progress_bar(capsys):
     assert '[300/300' in shown and re.search(r'noise scale \d+\]', shown) and 'Epoch' not in shown
 
 
+# Streams
+
+def endless(n=None):
+    "A loader without a length, over `n` digits, or over all of them again and again"
+    data = digits_learner().dls.train.dataset
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self): return iter(data[:n]) if n else itertools.cycle(data)
+    return DataLoader(Stream(), bs=16)
+
+
+@pytest.mark.parametrize('n,measured_at', [(None, [10, 30, 50, 70, 90]), (16*24, [10, 34, 58, 82]), (16*9, [])])
+def test_a_stream_is_read_as_often_as_it_takes(capsys, n, measured_at):
+    "A measurement stays within one pass here too"
+    learn = digits_learner()
+    learn.dls.loaders[0] = endless(n)
+    learn.bs_find(.1, 100, show_plot=False)
+    assert learn.recorder.bs_stats.batch.tolist() == measured_at and learn.recorder.bs_stats.attrs['n'] is None
+    assert ('ended each one early' in capsys.readouterr().out) == (not measured_at)
+
+
+def test_a_stream_that_has_nothing_to_give(capsys):
+    learn = digits_learner()
+    learn.dls.loaders[0] = DataLoader(type('Nothing', (torch.utils.data.IterableDataset,), dict(__iter__=lambda self: iter(())))(), bs=16)
+    assert learn.bs_find(.1, 100) == (None,)
+    assert 'Stopped after 0 of 100 batches' in capsys.readouterr().out
+
+
+# Batch-norm
+
+@pytest.mark.parametrize('norm,bs,frozen,said', [(nn.BatchNorm1d, 16, False, True), (nn.BatchNorm1d, 32, False, False), (nn.LayerNorm, 16, False, False), (nn.BatchNorm1d, 16, True, False)])
+def test_batch_norm_in_small_batches_is_said(capsys, norm, bs, frozen, said):
+    learn = digits_learner(bs=bs, cbs=BnFreeze() if frozen else None)
+    learn.model = nn.Sequential(nn.Linear(64, 32), norm(32), nn.ReLU(), nn.Linear(32, 10)).requires_grad_(not frozen)
+    learn.model[-1].requires_grad_(True)
+    learn.bs_find(.1, 94 if bs == 16 else 47, show_plot=False)
+    assert (f'With batch-norm this number belongs to bs={bs}: larger batches can give a larger one' in capsys.readouterr().out) == said
+
+
 # Errors
 
 def no_target(learn): learn.dls.train.after_batch = lambda b: (b[0],)
@@ -590,6 +628,9 @@ def no_target(learn): learn.dls.train.after_batch = lambda b: (b[0],)
     ({}, lambda l: setattr(l, 'model', nn.Sequential(nn.LazyLinear(10))), r'lazy layers'),
     ({}, lambda l: l.remove_cb(l.recorder), r'no Recorder'),
     ({}, lambda l: setattr(l, 'loss_func', None), r"loss_func is None: set learn.loss_func"),
+    ({}, lambda l: l.dls.loaders.__setitem__(0, endless()), r'num_it=None stands for one epoch, but the training loader has no length: give num_it'),
+    (dict(lr=[.1, .2]), None, r'lr=\[0.1, 0.2\] has 2 values, but the optimizer has 1 parameter group: give one value, a slice, or as many as groups'),
+    ({}, lambda l: setattr(l, 'opt_func', partial(OptimWrapper, opt=torch.optim.LBFGS)), r"LBFGS.step\(\) needs a closure, and fastai's fit gives it none: choose another optimizer"),
 ])
 def test_errors(kwargs, change, msg):
     learn = digits_learner()

@@ -236,3 +236,16 @@ def test_meter_says_what_it_knows():
     lo,hi = meter.interval()
     assert lo < meter.noise_scale < hi and f'{lo:.4g} to {hi:.4g}' in repr(meter)
     assert meter.interval(.5)[0] > lo
+
+
+def test_the_mean_of_sparse_gradients_is_sparse():
+    "Or SparseAdam refuses it; one dense gradient among them makes it dense"
+    dense = [torch.tensor([[1., 2.], [0., 0.], [3., 4.]]), torch.tensor([[0., 0.], [0., 0.], [5., 6.]])]
+    for kinds,sparse in ((('sparse', 'sparse'), True), (('sparse', 'dense'), False), (('dense', 'sparse'), False)):
+        sums = GradSums()
+        for g,kind in zip(dense, kinds): sums.add([g.to_sparse(1) if kind == 'sparse' else g], 4)
+        mean, = sums.pop_mean()
+        assert mean.is_sparse == sparse and torch.equal(mean.to_dense(), (dense[0] + dense[1])/2)
+        if sparse: assert mean.sparse_dim() == 1 and mean._nnz() == 2
+    sums.add(dense[:1], 4)
+    assert not sums.pop_mean()[0].is_sparse                                   # nothing is left of the measurement before
