@@ -3,11 +3,12 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help install demo test notebooks readme bench clean
+.PHONY: help install demo test table notebooks readme bench clean
 
 help:
 	@echo "make demo       find the batch size of a small learner: ends in under a minute"
 	@echo "make test       run the notebooks' tests and pytest"
+	@echo "make table      run the tests that make the table of what bs_find works with"
 	@echo "make notebooks  execute every notebook afresh and keep its outputs"
 	@echo "make readme     make README.md from nbs/index.ipynb"
 	@echo "make bench      measure speed and memory"
@@ -28,7 +29,10 @@ demo: install
 
 test: install
 	$(BIN)/nbdev-test --n-workers 2
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
+
+table: install
+	$(BIN)/python -m pytest -n 2 tests/test_applications.py tests/test_callbacks.py --works-with tests/works_with.csv
 
 notebooks: install
 	PYTHONWARNINGS=ignore::FutureWarning $(BIN)/python -m nbconvert --to notebook --execute --inplace nbs/*.ipynb

@@ -3,6 +3,7 @@ import os, subprocess, sys
 from pathlib import Path
 
 import matplotlib, pandas as pd, pytest, torch
+from filelock import FileLock
 from hypothesis import HealthCheck, settings
 
 matplotlib.use('agg')
@@ -19,8 +20,10 @@ archives = root.parent/'shared/data'
 
 def _laid_out(name):
     home = Path(os.environ.get('FASTAI_HOME', root/'.data')).absolute()
-    if not (home/'data'/name).exists() and (archives/'unpack.py').exists():
-        subprocess.run([sys.executable, archives/'unpack.py', home, name], check=True)
+    if (archives/'unpack.py').exists():
+        home.mkdir(exist_ok=True)
+        with FileLock(home/'.lock'):                           # tests run in several processes
+            if not (home/'data'/name).exists(): subprocess.run([sys.executable, archives/'unpack.py', home, name], check=True)
     return home if (home/'data'/name).exists() else None
 
 
@@ -34,6 +37,10 @@ def fastai_data(monkeypatch):
         monkeypatch.setenv('FASTAI_HOME', str(home))
         return home/'data'/name
     return get
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker('cuda') and not torch.cuda.is_available(): pytest.skip('needs a GPU')
 
 
 def pytest_addoption(parser): parser.addoption('--works-with', metavar='FILE', help='write the table of what bs_find works with to this CSV file')

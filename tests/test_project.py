@@ -2,7 +2,10 @@
 import configparser, re, subprocess
 from pathlib import Path
 
-import pytest
+import pandas as pd, pytest
+
+from learners import applications
+from test_callbacks import rows
 
 root = Path(__file__).parents[1]
 tracked = subprocess.run(['git', 'ls-files'], cwd=root, capture_output=True, text=True).stdout.split('\n')[:-1]
@@ -77,3 +80,10 @@ def test_no_word_of_machines_and_hosts(path):
     if path == 'tests/test_project.py' or not (root/path).exists(): return
     text = (root/path).read_text()
     for word in ('/work/', '/root/', '/tmp/', '/home/', 'pypi.org', 'pythonhosted', 'FILL_IN', 'TODO'): assert word not in text, word
+
+
+def test_the_table_of_what_works_is_that_of_the_tests():
+    "Each row is two tests, which `make table` writes down"
+    table = pd.read_csv(root/'tests/works_with.csv')
+    assert set(zip(table['kind'], table['name'])) == {('application', name) for name in applications} | set(rows)
+    assert (table[['works', 'footprint-free']] == 'yes').all(axis=None)
