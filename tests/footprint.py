@@ -1,5 +1,5 @@
 "The check that nobody can tell that `bs_find` ran: everything that can be reached from a learner, compared bit for bit"
-import hashlib, inspect, random
+import copyreg, hashlib, inspect, random
 from collections import deque
 from types import ModuleType
 
@@ -33,8 +33,9 @@ def frozen(o, seen):
     elif inspect.isfunction(o): return [id(o), [sub(c.cell_contents) for c in o.__closure__ or ()]]
     elif inspect.ismethod(o): return sub(o.__self__)
     else: res = None
-    if isinstance(o, _BaseDataLoaderIter) or not hasattr(o, '__dict__'): return [type(o), res]
-    return [type(o), id(o), res, {k: sub(v) for k,v in vars(o).items()}]
+    if isinstance(o, _BaseDataLoaderIter): return [type(o), res]
+    slots = {k: getattr(o, k) for k in copyreg._slotnames(type(o)) if hasattr(o, k)}
+    return [type(o), id(o) if hasattr(o, '__dict__') else None, res, {k: sub(v) for k,v in {**getattr(o, '__dict__', {}), **slots}.items()}]
 
 
 def state(learn):

@@ -142,10 +142,20 @@ def test_nothing_is_written(tmp_path, monkeypatch):
 
 
 def test_the_data_are_not_copied():
-    learn = rich_learner()
-    x = learn.dls.train.dataset[0][0]
-    snapshot = Snapshot(learn)
-    assert all(t is not x for t,*_ in snapshot._tensors)
+    "Large tensors, arrays and containers in the data, unless something else of the learner holds them too"
+    class Data(torch.utils.data.Dataset):
+        def __init__(self): self.x,self.y,self.shared,self.rows = torch.zeros(1000, 101),np.zeros(100_001),torch.zeros(100_001),[torch.zeros(1)]*1001
+        def __len__(self): return 1000
+        def __getitem__(self, i): return self.x[i],int(self.y[i])
+    class Own(Callback):
+        def __init__(self, data): self.shared,self.data = data.shared,data
+    data = Data()
+    learn = rich_learner(cbs=Own(data))
+    learn.dls.loaders[0] = DataLoader(data, bs=10)
+    with no_footprint(learn):
+        for t in (data.x, data.y, data.shared, data.rows[0]): t += 1
+        data.rows[1:] = []
+    assert dict(x=data.x.max(), y=data.y.max(), shared=data.shared.max(), rows=data.rows[0].max()) == dict(x=1, y=1, shared=0, rows=1) and len(data.rows) == 1001
 
 
 def test_plain_pytorch_loaders():
@@ -331,7 +341,7 @@ def in_closure():
     return own(create_batch=collate)
 
 
-global_rng = np.random.default_rng(6)
+global_rng,class_rng = np.random.default_rng(6),random.Random(8)
 
 def from_global(samples): return torch.stack([x for x,_ in samples]) + global_rng.random(),torch.stack([y for _,y in samples])
 
@@ -340,10 +350,25 @@ def with_global():
     return own(create_batch=from_global)
 
 
-def with_sampler(**kwargs):
+class Global(Transform):
+    def encodes(self, x:torch.Tensor): return x + class_rng.random() if x.is_floating_point() else x
+
+
+def with_global_in_a_class():
+    class_rng.seed(8)
+    return own(after_batch=Pipeline([Global()]))
+
+
+def with_worker(**kwargs):
+    set_seed(1)
+    dl = torch.utils.data.DataLoader(Noisy(), 16, num_workers=1, **kwargs)
+    return Learner(DataLoaders(dl, torch_loaders().valid), mlp(), loss_func=CrossEntropyLossFlat())
+
+
+def with_sampler():
     set_seed(1)
     X,y = digits()
-    dl = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(X[:640], y[:640]), 16, sampler=OddOnesLess(640), **kwargs)
+    dl = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(X[:640], y[:640]), 16, sampler=OddOnesLess(640))
     return Learner(DataLoaders(dl, torch_loaders().valid), mlp(), loss_func=CrossEntropyLossFlat())
 
 
@@ -380,13 +405,15 @@ odd = {
     'data set of a class': lambda: own(Noisy()),
     'data set of a class, workers': lambda: own(Noisy(), num_workers=1),
     'sampler': with_sampler,
-    'sampler, persistent workers': lambda: with_sampler(num_workers=1, persistent_workers=True),
+    'data set of a class, persistent workers': lambda: with_worker(persistent_workers=True),
     'loss with state': lambda: own(loss=Focal()),
     'loss that is a method': lambda: own(loss=Focal().as_method),
     'generator in a closure': in_closure,
     'generator of the module': with_global,
+    'generator of the module, in a class': with_global_in_a_class,
     'generator in a partial': lambda: own(create_batch=partial(shaken, rng=random.Random(2))),
     'method of a generator': lambda: own(after_batch=lambda b, draw=np.random.default_rng(9).random: (b[0] + draw(), b[1])),
+    'built-in method of a generator': lambda: own(after_batch=lambda b, draw=random.Random(9).random: (b[0] + draw(), b[1])),
     'hooks and sparse buffers': with_sparse_buffers,
 }
 
@@ -398,7 +425,7 @@ def test_state_of_any_class(make, before):
 
 
 def test_persistent_workers_are_kept():
-    learn = after_a_fit(lambda: with_sampler(num_workers=1, persistent_workers=True))()
+    learn = after_a_fit(lambda: with_worker(persistent_workers=True))()
     before = multiprocessing.active_children()
     learn.bs_find(1e-2, 20, 4, show_plot=False)
     assert multiprocessing.active_children() == before and len(before) == 1
