@@ -12,7 +12,7 @@ from fastai.imports import noop
 
 from fastai_bs_finder.all import *
 from fastai_bs_finder.demo import digits_learner
-from footprint import assert_no_footprint, changes, state
+from footprint import assert_no_footprint, changes, same, state
 from learners import digits, mlp, torch_loaders
 
 
@@ -65,9 +65,6 @@ def train(learn, epochs=2):
 
 
 def find(learn): return learn.bs_find(1e-2, 130, show_plot=False)
-
-
-def same(a, b): return all(torch.equal(x, y) for x,y in zip(a, b, strict=True))
 
 
 @pytest.mark.parametrize('opt_func', [SGD, Adam, partial(OptimWrapper, opt=torch.optim.AdamW)], ids=['SGD', 'Adam', 'OptimWrapper'])
@@ -142,9 +139,9 @@ def test_nothing_is_written(tmp_path, monkeypatch):
 
 
 def test_the_data_are_not_copied():
-    "Large tensors, arrays and containers in the data, unless something else of the learner holds them too"
+    "Large tensors, arrays and containers in the data, unless they belong to a module, or something else of the learner holds them too"
     class Data(torch.utils.data.Dataset):
-        def __init__(self): self.x,self.y,self.shared,self.rows = torch.zeros(1000, 101),np.zeros(100_001),torch.zeros(100_001),[torch.zeros(1)]*1001
+        def __init__(self): self.x,self.y,self.shared,self.rows,self.net = torch.zeros(1000, 101),np.zeros(100_001),torch.zeros(100_001),[torch.zeros(1)]*1001,nn.Linear(400, 400)
         def __len__(self): return 1000
         def __getitem__(self, i): return self.x[i],int(self.y[i])
     class Own(Callback):
@@ -152,10 +149,11 @@ def test_the_data_are_not_copied():
     data = Data()
     learn = rich_learner(cbs=Own(data))
     learn.dls.loaders[0] = DataLoader(data, bs=10)
+    weight = data.net.weight.detach().clone()
     with no_footprint(learn):
-        for t in (data.x, data.y, data.shared, data.rows[0]): t += 1
+        for t in (data.x, data.y, data.shared, data.rows[0], data.net.weight.data): t += 1
         data.rows[1:] = []
-    assert dict(x=data.x.max(), y=data.y.max(), shared=data.shared.max(), rows=data.rows[0].max()) == dict(x=1, y=1, shared=0, rows=1) and len(data.rows) == 1001
+    assert dict(x=data.x.max(), y=data.y.max(), shared=data.shared.max(), rows=data.rows[0].max()) == dict(x=1, y=1, shared=0, rows=1) and len(data.rows) == 1001 and torch.equal(data.net.weight, weight)
 
 
 def test_plain_pytorch_loaders():
