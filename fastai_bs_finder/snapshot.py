@@ -80,7 +80,7 @@ class Snapshot:
     def __init__(self,
         learn:Learner, # The learner; it is not changed
     ):
-        self._seen,self._undo,self._tensors,self._loaders,self._todo = {id(learn): (learn, False)},[],[],[],[]
+        self._seen,self._undo,self._tensors,self._loaders = {id(learn): (learn, False)},[],[],[]
         self._undo_dict(vars(learn))
         self._todo = [(v, k == 'dls') for k,v in vars(learn).items()]
         while self._todo: self._visit(*self._todo.pop())
@@ -165,8 +165,7 @@ def _undo_dict(self:Snapshot, d):
 
 @patch
 def _undo_tensor(self:Snapshot, t):
-    same = t.detach()
-    data = same.to('cpu', copy=True) if t.layout == torch.strided else same.clone()
+    same,data = t.detach(),t.detach().to('cpu', copy=True)
     if t.is_leaf:
         self._tensors.append((t, t.requires_grad, t.grad))
         for name in ('_backward_hooks', '_post_accumulate_grad_hooks'): self._undo_hooks(t, name)

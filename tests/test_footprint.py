@@ -156,6 +156,33 @@ def test_the_data_are_not_copied():
     assert dict(x=data.x.max(), y=data.y.max(), shared=data.shared.max(), rows=data.rows[0].max()) == dict(x=1, y=1, shared=0, rows=1) and len(data.rows) == 1001 and torch.equal(data.net.weight, weight)
 
 
+def test_the_data_of_loaders_of_any_class_are_not_copied():
+    class FromMemory:
+        def __init__(self): self.x,self.y = torch.zeros(2000, 64),torch.zeros(2000).long()
+        def __len__(self): return 100
+        def __iter__(self): return zip(self.x.split(20), self.y.split(20))
+    class Both:
+        def __init__(self): self.train,self.valid = FromMemory(),FromMemory()
+        def __getitem__(self, i): return (self.train, self.valid)[i]
+    learn = rich_learner()
+    learn.dls = Both()
+    with no_footprint(learn): learn.dls.train.x += 1
+    assert learn.dls.train.x.max() == 1
+    find(learn)
+    assert len(learn.recorder.bs_stats) == 7
+
+
+def test_the_optimizer_goes_on_from_where_it_is():
+    seen = []
+    class See(Callback):
+        def before_step(self, note=partial(list.append, seen)): note((self.opt, self.opt.state[next(self.model.parameters())].get('step', 0)))
+    learn = rich_learner(Adam, cbs=See())
+    learn.fit(1, 1e-2)
+    n = len(seen)
+    find(learn)
+    assert seen[n][0] is learn.opt and [step for _,step in seen[n:n + 3]] == [n, n + 1, n + 2]
+
+
 def test_plain_pytorch_loaders():
     X,y = torch.rand(200, 64),torch.randint(10, (200,))
     def learner():
