@@ -23,7 +23,7 @@ from fastai.callback.fp16 import MixedPrecision, NonNativeMixedPrecision
 from fastai.callback.training import GradientAccumulation
 from fastai.imports import noop
 from fastai.learner import Learner
-from fastai.torch_core import find_bs
+from fastai.torch_core import find_bs, item_find
 from .noise import GradSums, NoiseMeter
 from .snapshot import no_footprint
 from .suggest import bs_summary, critical
@@ -84,6 +84,12 @@ class BSFinder(Callback):
 
     def after_loss(self):
         if not len(self.yb): self._stop(error=ValueError("The training loader yields no target: a loss, and its gradient, need one. Give the loader targets, or set dls.n_inp"))
+        if not self._n_examples: self._stop(error=ValueError("The examples of a batch cannot be counted: neither its first target nor its first input is a tensor with the examples along its first axis"))
+
+    @property
+    def _n_examples(self):
+        "Number of examples in the batch, by its targets or else its inputs; 0 where neither can tell"
+        return next((find_bs(b) for b in (self.yb, self.xb) if len(b) and getattr(item_find(b), 'shape', ())), 0)
 
 # %% ../nbs/04_finder.ipynb #7a8d5fcb
 @patch
@@ -128,7 +134,7 @@ class _Passes(GetAttr):
 @patch
 def after_backward(self:BSFinder):
     if not self._measuring: return
-    grads,bs = [p.grad for p in self._params],find_bs(self.yb)
+    grads,bs = [p.grad for p in self._params],self._n_examples
     if all(g is None for g in grads): self._leave_out('no batch gave a gradient')
     scale = self._loss_scale
     if not self._meter.add(grads, bs, scale or 1., skip_nonfinite=scale is not None or self._on_cpu):
@@ -193,7 +199,7 @@ def after_batch(self:BSFinder):
         self._to_train -= 1
     self._measuring = False
     self._spent += 1
-    self._seen += find_bs(self.yb)
+    self._seen += self._n_examples
     if self.pbar: self.pbar.update(self._spent)
     if self._spent >= self.num_it: raise CancelFitException
 
@@ -210,6 +216,7 @@ def stats(self:BSFinder) -> pd.DataFrame: # A row per measurement, and in `attrs
 def _check_lr(lr):
     "`lr` as `fit` takes it"
     if lr is None: return
+    if hasattr(lr, 'tolist'): lr = lr.tolist()  # an array
     vals = [v for v in (lr.start, lr.stop) if v is not None] if isinstance(lr, slice) else [lr] if isinstance(lr, Real) else list(L(lr))
     if not vals or (isinstance(lr, slice) and lr.stop is None) or not all(isinstance(v, Real) and math.isfinite(v) and v >= 0 for v in vals):
         raise ValueError(f"lr={lr!r} is not a learning rate: give a finite number of 0 or more, a slice or a list of them, or None for the learner's own")
@@ -225,14 +232,16 @@ def _check_loader(dl, num_it):
 
 def _check_learner(learn):
     if not hasattr(learn, 'recorder'): raise ValueError("The learner has no Recorder to put the result in: add fastai's default callback, learn.add_cb(Recorder())")
-    if any(is_lazy(p) for p in learn.model.parameters()): raise ValueError("The model has lazy layers that have not seen a batch yet: run one through it, learn.model(learn.dls.one_batch()[0])")
+    if any(is_lazy(t) for t in (*learn.model.parameters(), *learn.model.buffers())): raise ValueError("The model has lazy layers that have not seen a batch yet: run one through it, learn.model(learn.dls.one_batch()[0])")
     if not callable(learn.loss_func): raise ValueError(f"The learner's loss_func is {learn.loss_func!r}: set learn.loss_func to the loss to train with")
     if not any(p.requires_grad for p in learn.model.parameters()):
         raise ValueError("The model has no trainable parameters: there is no gradient to measure. Unfreeze it (learn.unfreeze()), or set requires_grad on the parameters to train")
 
 # %% ../nbs/04_finder.ipynb #c5b9d999
 def _check_opt(opt, lr):
-    if needed := [n for n,p in inspect.signature(opt.step).parameters.items() if p.default is p.empty and p.kind is not p.VAR_KEYWORD and p.kind is not p.VAR_POSITIONAL]:
+    params = inspect.signature(opt.step).parameters.values()
+    needed = [p.name for p in params if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL) and p.name != 'self']  # a wrapped `step` may show it
+    if needed:
         raise ValueError(f"{type(getattr(opt, 'opt', opt)).__name__}.step() needs a {needed[0]}, and fastai's fit gives it none: choose another optimizer as opt_func")
     groups = len(opt.hypers)
     if not isinstance(lr, slice) and len(L(lr)) not in (1, groups) and lr is not None:

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['Snapshot', 'no_footprint']
 
-# %% ../nbs/01_snapshot.ipynb #e0039f3f
-import copyreg, inspect, random, signal, socket, sys, threading, traceback, weakref
-from collections import OrderedDict, deque
+# %% ../nbs/01_snapshot.ipynb #14f7a910
+import copyreg, random, signal, socket, sys, threading, traceback, weakref
+from argparse import Namespace
+from collections import OrderedDict, UserDict, UserList, deque
 from contextlib import contextmanager
 from functools import partial
 from multiprocessing.process import BaseProcess
@@ -15,6 +16,7 @@ from types import BuiltinMethodType, FunctionType, MethodType, ModuleType, Simpl
 
 import numpy as np, pandas as pd, torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.utils import data as torch_data
 from torch.utils.data.dataloader import _BaseDataLoaderIter, _MultiProcessingDataLoaderIter
 from fastcore.basics import patch
@@ -31,14 +33,12 @@ _own = nn.Module, _BaseOptimizer, torch.optim.Optimizer, Callback  # to be resto
 _data = DataLoaders, DataLoader, torch_data.DataLoader, torch_data.Dataset
 _live = threading.Thread, type(threading.Lock()), type(threading.RLock()), threading.Condition, threading.Event, socket.socket, BaseProcess
 _closed = type, ModuleType, weakref.ref, _BaseDataLoaderIter, *_live
+_containers = dict, list, tuple, set, frozenset, deque
+_holders = SimpleNamespace, Namespace, UserDict, UserList
 _outside = sys.stdlib_module_names | {'pandas', 'matplotlib', 'PIL', 'IPython', 'fastprogress'}
 
-def _slots(o):
-    "The attributes that `o` keeps in `__slots__`"
-    return {n: getattr(o, n) for n in copyreg._slotnames(type(o)) if hasattr(o, n)}
-
-# %% ../nbs/01_snapshot.ipynb #d2cf6031
-_large,_long = 100_000,1_000
+# %% ../nbs/01_snapshot.ipynb #a72392db
+_large,_long,_all_numbers,_all_objects = 100_000,1_000,10_000_000,20_000
 
 # %% ../nbs/01_snapshot.ipynb #fd957414
 def _autocast_nesting(n=None):
@@ -60,19 +60,24 @@ def _global_state():
         res.append((lambda dtype, device=device: torch.set_autocast_dtype(device, dtype), torch.get_autocast_dtype(device)))
     return res
 
-# %% ../nbs/01_snapshot.ipynb #6bed73a4
-@contextmanager
-def _uninterrupted():
-    "Hold back Ctrl-C until the block ends"
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    pressed = []
-    handler = signal.signal(signal.SIGINT, lambda *args: pressed.append(args))
-    try: yield
-    finally:
-        signal.signal(signal.SIGINT, handler or signal.SIG_DFL)
-        if pressed and callable(handler): handler(*pressed[0])
+# %% ../nbs/01_snapshot.ipynb #1cfe40c1
+class _CtrlC:
+    "Hands Ctrl-C on to the handler that was there, but from `hold` on keeps it until `release`"
+    def __init__(self):
+        self.before,self.holding,self.pressed = signal.getsignal(signal.SIGINT),False,None
+        self.ours = callable(self.before) and threading.current_thread() is threading.main_thread()
+        if self.ours: signal.signal(signal.SIGINT, self)
+
+    def __call__(self, *args):
+        if self.holding: self.pressed = args
+        else: self.before(*args)
+
+    def hold(self): self.holding = True
+
+    def release(self):
+        if self.ours and signal.getsignal(signal.SIGINT) is self: signal.signal(signal.SIGINT, self.before)
+        self.holding = False
+        if self.pressed: self.before(*self.pressed)
 
 # %% ../nbs/01_snapshot.ipynb #4af33a41
 class Snapshot:
@@ -81,9 +86,15 @@ class Snapshot:
         learn:Learner, # The learner; it is not changed
     ):
         self._seen,self._undo,self._tensors,self._loaders = {id(learn): (learn, False)},[],[],[]
+        self._grad_mode = torch.is_grad_enabled()
         self._undo_dict(vars(learn))
         self._todo = [(v, k == 'dls') for k,v in vars(learn).items()]
-        while self._todo: self._visit(*self._todo.pop())
+        self._numbers,self._objects = _all_numbers,_all_objects
+        while self._todo:
+            o,data = self._todo.pop()
+            try: self._visit(o, data)
+            except Exception:  # an object that does not let itself be looked at
+                if issubclass(type(o), (torch.Tensor, np.ndarray, *_own)): raise
         for setter,state in _global_state(): self._undo.append(lambda setter=setter, state=state: setter(state))
 
 # %% ../nbs/01_snapshot.ipynb #93d534a7
@@ -92,16 +103,25 @@ def _visit(self:Snapshot, o, data):
     if o is None or isinstance(o, (bool, int, float, complex, str, bytes)) or not self._is_new(o, data): return
     if   isinstance(o, _rngs): self._undo_rng(o)
     elif isinstance(o, torch.Tensor):
-        if not data or o.numel() <= _large: self._undo_tensor(o)
+        if not (o.is_meta or is_lazy(o) or o.is_nested) and self._copies(o.numel(), data): self._undo_tensor(o)
     elif isinstance(o, np.ndarray):
-        if not data or o.size <= _large: self._undo_array(o)
+        if self._copies(o.size, data): self._undo_array(o)
     elif isinstance(o, (pd.DataFrame, pd.Series)):
-        if not data: self._undo.append(lambda o=o, saved=o.copy(): o.__setstate__(saved.__getstate__()))
+        if self._copies(o.size, data): self._undo.append(lambda saved=o.copy(): o.__setstate__(saved.copy().__getstate__()))
     elif isinstance(o, _calls): self._visit_call(o, data)
-    elif isinstance(o, (dict, list, tuple, set, deque)):
+    elif isinstance(o, _containers):
         self._visit_container(o, data)
         if hasattr(o, '__dict__'): self._visit_attrs(o, data)
-    elif not isinstance(o, _closed) and (isinstance(o, SimpleNamespace) or type(o).__module__.partition('.')[0] not in _outside): self._visit_attrs(o, data)
+    elif isinstance(o, _closed): pass
+    elif isinstance(o, _holders) or type(o).__module__.partition('.')[0] not in _outside: self._visit_attrs(o, data)
+
+@patch
+def _copies(self:Snapshot, n, data):
+    "Whether `n` numbers are to be copied: in the data, some"
+    if not data: return True
+    if n > min(_large, self._numbers): return False
+    self._numbers -= n
+    return True
 
 @patch
 def _is_new(self:Snapshot, o, data):
@@ -113,25 +133,29 @@ def _is_new(self:Snapshot, o, data):
 
 @patch
 def _visit_container(self:Snapshot, o, data):
-    vals = list(o.values() if isinstance(o, dict) else o)
-    if isinstance(o, dict): self._undo_dict(o)
-    elif not isinstance(o, tuple):
-        cls = next(c for c in (list, deque, set) if isinstance(o, c))  # not a subclass's own methods: they may refuse
+    cls = next(c for c in _containers if isinstance(o, c))  # not a subclass's own methods: they may do something else
+    vals = [*dict.keys(o), *dict.values(o)] if cls is dict else list(cls.__iter__(o))
+    if cls is dict: self._undo_dict(o)
+    elif cls not in (tuple, frozenset):
         def undo():
             cls.clear(o)
             (cls.update if cls is set else cls.extend)(o, vals)
         self._undo.append(undo)
-    if not data or len(vals) <= _long: self._todo += [(v, data) for v in vals]
+    if data:
+        if len(vals) > min(2*_long if cls is dict else _long, self._objects): return
+        self._objects -= len(vals)
+    self._todo += [(v, data) for v in vals]
 
 @patch
 def _visit_attrs(self:Snapshot, o, data):
     data = (data or isinstance(o, _data)) and not isinstance(o, nn.Module)
-    attrs,slots = getattr(o, '__dict__', None),_slots(o)
+    attrs,names = getattr(o, '__dict__', None),copyreg._slotnames(type(o))
+    slots = {n: getattr(o, n) for n in names if hasattr(o, n)}
     vals = [*(attrs or {}).values(), *slots.values()]
     if not isinstance(o, _own) and any(isinstance(v, _live) for v in vals): vals = [v for v in vals if isinstance(v, _rngs)]
     else:
         if attrs is not None: self._undo_dict(attrs)
-        if slots: self._undo.append(lambda: [object.__setattr__(o, k, v) for k,v in slots.items()])
+        if names: self._undo_slots(o, names, slots)
         if isinstance(o, torch.jit.ScriptModule): self._undo_script(o)
         if isinstance(o, torch_data.DataLoader): self._loaders.append((o, o._iterator))
     self._todo += [(v, data) for v in vals]
@@ -140,14 +164,19 @@ def _visit_attrs(self:Snapshot, o, data):
 @patch
 def _visit_call(self:Snapshot, o, data):
     if isinstance(o, MethodType): self._todo += [(o.__self__, data), (o.__func__, data)]
-    elif isinstance(o, partial): self._visit_rngs([o.func, *o.args, *o.keywords.values()])
-    elif isinstance(o, BuiltinMethodType): self._visit_rngs([o.__self__])
+    elif isinstance(o, partial): self._visit_held([o.func, *o.args, *o.keywords.values()])
+    elif isinstance(o, BuiltinMethodType): self._visit_held([o.__self__])
     else:
-        self._visit_rngs([*inspect.getclosurevars(o).nonlocals.values(), *(o.__defaults__ or ()), *(o.__kwdefaults__ or {}).values()])
+        self._undo_dict(vars(o))
+        self._visit_held([*map(_contents, o.__closure__ or ()), *(o.__defaults__ or ()), *(o.__kwdefaults__ or {}).values(), *vars(o).values()])
         self._visit_globals(o.__module__)
 
+def _contents(cell):
+    try: return cell.cell_contents
+    except ValueError: return None  # an empty one
+
 @patch
-def _visit_rngs(self:Snapshot, vals): self._todo += [(v, True) for v in vals if isinstance(v, (*_rngs, *_calls))]
+def _visit_held(self:Snapshot, vals): self._todo += [(v, True) for v in vals if not isinstance(v, _containers)]
 
 @patch
 def _visit_globals(self:Snapshot, module):
@@ -157,7 +186,8 @@ def _visit_globals(self:Snapshot, module):
 # %% ../nbs/01_snapshot.ipynb #a8da56f2
 @patch
 def _undo_dict(self:Snapshot, d):
-    saved,cls = dict(d),OrderedDict if isinstance(d, OrderedDict) else dict
+    cls = OrderedDict if isinstance(d, OrderedDict) else dict
+    saved = dict(cls.items(d))
     def undo():
         cls.clear(d)
         for k,v in saved.items(): cls.__setitem__(d, k, v)
@@ -170,8 +200,10 @@ def _undo_tensor(self:Snapshot, t):
         self._tensors.append((t, t.requires_grad, t.grad))
         for name in ('_backward_hooks', '_post_accumulate_grad_hooks'): self._undo_hooks(t, name)
     def undo():
-        if same.layout == torch.strided and not torch._debug_has_internal_overlap(same): same.copy_(data)  # an expanded tensor takes no writes
-        t.data = same if same.layout == torch.strided else data
+        if same.layout == torch.sparse_coo: t.data = data.clone()
+        else:
+            if same.layout != torch.strided or torch._debug_has_internal_overlap(same) != 1: same.copy_(data)  # an expanded tensor takes no writes
+            t.data = same
     self._undo.append(undo)
 
 @patch
@@ -182,6 +214,14 @@ def _undo_hooks(self:Snapshot, t, name):
         if now is not None:
             now.clear()
             now.update(hooks)
+    self._undo.append(undo)
+
+@patch
+def _undo_slots(self:Snapshot, o, names, slots):
+    def undo():
+        for n in names:
+            if n in slots: object.__setattr__(o, n, slots[n])
+            elif hasattr(o, n): object.__delattr__(o, n)
     self._undo.append(undo)
 
 @patch
@@ -223,7 +263,10 @@ def _end_workers(self:Snapshot, error):
         started += [frame.f_locals.get('self') for frame,_ in traceback.walk_tb(error.__traceback__)]
         error = error.__cause__ or error.__context__
     for it in started:
-        if isinstance(it, _MultiProcessingDataLoaderIter) and hasattr(it, '_shutdown'): it._shutdown_workers()
+        if not isinstance(it, _MultiProcessingDataLoaderIter): continue
+        try: it._shutdown_workers()
+        except AttributeError:  # interrupted while it started them
+            for worker in getattr(it, '_workers', ()): worker.terminate()
 
 @patch
 def _undo_grad(self:Snapshot, t, requires_grad, grad):
@@ -235,20 +278,28 @@ def _undo_grad(self:Snapshot, t, requires_grad, grad):
 def restore(self:Snapshot):
     "Put everything back; may be called more than once. What cannot be put back holds up nothing else: its error is raised at the end"
     errors = []
-    with torch.no_grad(), _uninterrupted():
+    with torch.no_grad():
         for undo in [partial(self._end_workers, sys.exc_info()[1]), *reversed(self._undo), *(partial(self._undo_grad, *o) for o in self._tensors)]:
             try: undo()
             except Exception as e: errors.append(e)
+    torch.set_grad_enabled(self._grad_mode)
     if errors: raise errors[0]
 
-# %% ../nbs/01_snapshot.ipynb #75a1fa82
+# %% ../nbs/01_snapshot.ipynb #6bed73a4
 @contextmanager
 def no_footprint(
     learn:Learner, # The learner that is used inside the `with` block
 ):
     "Leave `learn` exactly as it was when the block ends, or breaks off by whatever exception"
-    snapshot = Snapshot(learn)
+    ctrl_c = _CtrlC()
     try:
-        snapshot.set_aside()
-        yield
-    finally: snapshot.restore()
+        snapshot = Snapshot(learn)
+        try:
+            try:
+                snapshot.set_aside()
+                yield
+            finally: ctrl_c.hold()
+        finally:
+            ctrl_c.hold()  # again: the first may have been interrupted
+            snapshot.restore()
+    finally: ctrl_c.release()

@@ -1,9 +1,12 @@
 "The check that nobody can tell that `bs_find` ran: everything that can be reached from a learner, compared bit for bit"
 import copyreg, hashlib, inspect, random
 from collections import deque
+from functools import partial
+from pathlib import PurePath
 from types import ModuleType
 
 import numpy as np, pandas as pd, torch
+from torch.nn.parameter import is_lazy
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 
@@ -16,23 +19,30 @@ def frozen(o, seen):
     if id(o) in seen: return f'no. {seen[id(o)][0]}'
     seen[id(o)] = len(seen),o
     sub = lambda v: frozen(v, seen)
+    if isinstance(o, torch.Tensor) and (o.is_meta or is_lazy(o)): return id(o)
     if isinstance(o, torch.Tensor):
         t = o.detach().to_dense() if o.layout != torch.strided else o.detach()
         kind = o.dtype, str(o.device), o.layout, tuple(o.shape), o.stride() if o.layout == torch.strided else None, o.requires_grad, o.is_leaf
         return dict(id=id(o), kind=kind, data=digest(t.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()),
-                    grad=sub(o.grad) if o.is_leaf else None, hooks=len(o._backward_hooks or ()))
-    if isinstance(o, np.ndarray): return [id(o), o.dtype, o.shape, digest(o.tobytes())] if o.dtype != object else [id(o), len(o)]
+                    grad=sub(o.grad) if o.is_leaf else None, hooks=[len(h or ()) for h in (o._backward_hooks, o._post_accumulate_grad_hooks)] if o.is_leaf else None)
+    if isinstance(o, np.ndarray): return [id(o), o.dtype, o.shape, digest(o.tobytes()) if o.dtype != object else sub(o.tolist())]
     if isinstance(o, (pd.DataFrame, pd.Series)): return [id(o), o.shape, o.to_csv() if o.size < 10_000 else None]
+    if isinstance(o, (random.SystemRandom, PurePath)): return id(o)
     if isinstance(o, random.Random): return digest(repr(o.getstate()).encode())
     if isinstance(o, torch.Generator): return digest(o.get_state().numpy().tobytes())
     if isinstance(o, np.random.Generator): return repr(o.bit_generator.state)
     if isinstance(o, np.random.RandomState): return digest(repr(o.get_state()).encode())
-    if isinstance(o, dict): res = {k if isinstance(k, (str, int)) else id(k): sub(v) for k,v in o.items()}
-    elif isinstance(o, (list, tuple, deque)): res = dict(enumerate(map(sub, o)))
+    if isinstance(o, dict): res = {k if isinstance(k, (str, int)) else id(k): [sub(k), sub(v)] for k,v in dict.items(o)}
+    elif isinstance(o, list): res = dict(enumerate(map(sub, list.__iter__(o))))
+    elif isinstance(o, (tuple, deque)): res = dict(enumerate(map(sub, o)))
     elif isinstance(o, (set, frozenset)): res = sorted(map(repr, map(sub, o)))
-    elif inspect.isfunction(o): return [id(o), [sub(c.cell_contents) for c in o.__closure__ or ()]]
+    elif inspect.isfunction(o): return [id(o), {k: sub(v) for k,v in vars(o).items()}, sub(o.__defaults__)]
+    elif isinstance(o, partial): return [id(o), sub(o.func), sub(o.args), sub(o.keywords)]
     elif inspect.ismethod(o): return sub(o.__self__)
     else: res = None
+    try: vars(o)
+    except RuntimeError: return id(o)                         # it does not let itself be looked at
+    except TypeError: pass
     if isinstance(o, _BaseDataLoaderIter): return [type(o), res]
     slots = {k: getattr(o, k) for k in copyreg._slotnames(type(o)) if hasattr(o, k)}
     return [type(o), id(o) if hasattr(o, '__dict__') else None, res, {k: sub(v) for k,v in {**getattr(o, '__dict__', {}), **slots}.items()}]

@@ -585,6 +585,37 @@ def test_a_stream_that_has_nothing_to_give(capsys):
     assert 'Stopped after 0 of 100 batches' in capsys.readouterr().out
 
 
+# What counts as an example, a step and a learning rate
+
+def test_targets_that_are_no_tensors_are_counted_by_the_inputs(quiet, capsys):
+    res = []
+    for as_words in (False, True):
+        learn = digits_learner(loss_func=lambda p,t: nn.functional.cross_entropy(p, torch.tensor([int(o) for o in t])))
+        learn.dls.train.after_batch = lambda b: (b[0], [str(int(o)) for o in b[1]] if as_words else b[1])
+        quiet(learn, .1, 60)
+        res.append(learn.recorder.bs_stats)
+    pd.testing.assert_frame_equal(*res)
+    learn.dls.train.after_batch = lambda b: ([o.tolist() for o in b[0]], ['?'])
+    learn.model.forward = lambda x: nn.Sequential.forward(learn.model, torch.tensor(x))
+    learn.loss_func = lambda p,t: p.mean()
+    with pytest.raises(ValueError, match='The examples of a batch cannot be counted'): quiet(learn, .1, 60)
+
+
+def test_a_step_that_a_scheduler_wrapped(quiet):
+    learn = digits_learner(opt_func=partial(OptimWrapper, opt=torch.optim.SGD))
+    learn.create_opt()
+    torch.optim.lr_scheduler.ConstantLR(learn.opt.opt, .5)
+    quiet(learn, .1, 40)
+    assert len(learn.recorder.bs_stats) == 2
+
+
+@pytest.mark.parametrize('lr', [np.array([.1]), np.float64(.1), torch.tensor(.1), torch.tensor([.1]), pd.Series([.1])])
+def test_lr_as_an_array(quiet, lr):
+    learn = digits_learner()
+    quiet(learn, lr, 20)
+    assert learn.recorder.bs_stats.attrs['lr'] == pytest.approx(.1)
+
+
 # Batch-norm
 
 @pytest.mark.parametrize('norm,bs,frozen,said', [(nn.BatchNorm1d, 16, False, True), (nn.BatchNorm1d, 32, False, False), (nn.LayerNorm, 16, False, False), (nn.BatchNorm1d, 16, True, False)])

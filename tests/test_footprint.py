@@ -1,7 +1,8 @@
 "After bs_find, however it ended, nobody can tell that it ran"
-import dataclasses, multiprocessing, random, signal, threading
+import argparse, dataclasses, multiprocessing, random, signal, sys, threading
 from copy import deepcopy
 from functools import partial
+from multiprocessing.process import BaseProcess
 from types import SimpleNamespace
 
 import numpy as np, pandas as pd, pytest, torch
@@ -156,6 +157,17 @@ def test_the_data_are_not_copied():
     assert dict(x=data.x.max(), y=data.y.max(), shared=data.shared.max(), rows=data.rows[0].max()) == dict(x=1, y=1, shared=0, rows=1) and len(data.rows) == 1001 and torch.equal(data.net.weight, weight)
 
 
+def test_of_many_middling_things_in_the_data_some_are_copied():
+    class Data(torch.utils.data.Dataset):
+        def __init__(self): self.x,self.boxes = [torch.zeros(30_000) for _ in range(900)],[[[0]*4]*100 for _ in range(900)]
+        def __len__(self): return 900
+        def __getitem__(self, i): return self.x[i],0
+    learn = rich_learner()
+    learn.dls.loaders[0] = DataLoader(Data(), bs=10)
+    snapshot = Snapshot(learn)
+    assert sum(t.numel() for t,*_ in snapshot._tensors) < 10_100_000 and len(snapshot._seen) < 25_000
+
+
 def test_the_data_of_loaders_of_any_class_are_not_copied():
     class FromMemory:
         def __init__(self): self.x,self.y = torch.zeros(2000, 64),torch.zeros(2000).long()
@@ -253,14 +265,66 @@ def test_what_cannot_be_put_back_holds_up_nothing_else():
     assert changes(was, state(learn)) == []
 
 
-def test_a_second_interrupt_waits_until_everything_is_back():
+def lines_after_the_block(learn, at):
+    "Press Ctrl-C at line number `at` of what follows a block without footprint; returns whether there was such a line"
+    n,pressed,ended = 0,False,False
+    def local(frame, event, arg):
+        nonlocal n,pressed
+        if event == 'line' and ended:
+            n += 1
+            if n == at:
+                pressed = True
+                sys.settrace(None)
+                signal.raise_signal(signal.SIGINT)
+        return local
+    def trace(frame, event, arg): return local if frame.f_code.co_filename == Snapshot.restore.__code__.co_filename else None
+    block = no_footprint(learn)
+    try:
+        sys.settrace(trace)
+        with block:
+            with torch.no_grad(): next(learn.model.parameters()).add_(1)
+            learn.lr_finder = ended = True
+    except KeyboardInterrupt: assert pressed
+    else: assert not pressed
+    finally: sys.settrace(None)
+    return pressed
+
+
+def test_an_interrupt_at_any_line_of_the_end_leaves_no_trace():
+    learn = own()
+    was,at = state(learn),1
+    while lines_after_the_block(learn, at):
+        assert not hasattr(learn, 'lr_finder') and torch.is_grad_enabled() and signal.getsignal(signal.SIGINT) is signal.default_int_handler, at
+        at += 1 if at < 60 else 97
+    assert at > 500 and changes(was, state(learn)) == []
+
+
+def test_a_second_interrupt_waits_until_everything_is_back(monkeypatch):
+    restore = Snapshot.restore
+    def interrupted(self):
+        signal.raise_signal(signal.SIGINT)
+        restore(self)
+    monkeypatch.setattr(Snapshot, 'restore', interrupted)
     learn = rich_learner()
     was = state(learn)
-    snapshot = Snapshot(learn)
-    learn.fit(1)
-    snapshot._undo.insert(len(snapshot._undo)//2, lambda: signal.raise_signal(signal.SIGINT))
-    with pytest.raises(KeyboardInterrupt): snapshot.restore()
+    with pytest.raises(KeyboardInterrupt):
+        with no_footprint(learn):
+            learn.fit(1)
+            signal.raise_signal(signal.SIGINT)
     assert changes(was, state(learn)) == [] and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_an_interrupt_while_workers_start(monkeypatch):
+    start,started = BaseProcess.start,[]
+    def interrupted(self):
+        started.append(self)
+        if len(started) == 2: raise KeyboardInterrupt
+        return start(self)
+    learn = own(num_workers=2)
+    was = state(learn)
+    monkeypatch.setattr(BaseProcess, 'start', interrupted)
+    with pytest.raises(KeyboardInterrupt): find(learn)
+    assert multiprocessing.active_children() == [] and changes(was, state(learn)) == []
 
 
 @pytest.mark.parametrize('compiled', [False, True], ids=['new', 'trained'])
@@ -325,6 +389,20 @@ class Noisy:
         return self.X[self.order[i]] + self.rng.random(),self.y[self.order[i]]
 
 
+class Tabled(Noisy):
+    "A data set that counts in a table, and in a list that reads itself from elsewhere"
+    def __init__(self):
+        super().__init__()
+        self.table,self.names = pd.DataFrame(dict(hits=np.zeros(320))),FromElsewhere(map(str, range(320)))
+    def __getitem__(self, i):
+        self.table.loc[i, 'hits'] += 1
+        return super().__getitem__(i)
+
+
+class FromElsewhere(list):
+    def __iter__(self): return (f'what stands in {name}' for name in super().__iter__())
+
+
 class OddOnesLess(torch.utils.data.Sampler):
     "A sampler with a generator of its own"
     def __init__(self, n): self.n,self.rng = n,np.random.RandomState(7)
@@ -332,7 +410,7 @@ class OddOnesLess(torch.utils.data.Sampler):
     def __iter__(self): return iter(self.rng.choice(self.n, self.n//2, replace=False).tolist())
 
 
-@dataclasses.dataclass(slots=True)
+@dataclasses.dataclass(slots=True, eq=False)
 class Slots:
     n:int = 0
     seen:list = dataclasses.field(default_factory=list)
@@ -351,6 +429,42 @@ class Focal:
         self.last.pred,self.last.n = pred.detach(),self.last.n + 1
         return loss*(1 + self.mean[0]/1e4)
     def as_method(self, pred, y): return self(pred, y)
+
+
+class Late:
+    "A slot that is empty at first, and objects that are keys, or that argparse made"
+    __slots__ = 'last','weights','args'
+    def __init__(self): self.weights,self.args = {Slots(): .5},argparse.Namespace(n=0)
+    def __call__(self, pred, y):
+        self.last = pred.detach()
+        for part in self.weights: part.n += 1
+        self.args.n += 1
+        return nn.functional.cross_entropy(pred, y)
+
+
+def counting(pred, y):
+    counting.n += 1
+    return nn.functional.cross_entropy(pred, y)
+
+counting.n = 0
+
+
+def distilled(pred, y, norm, shaky):
+    "A loss with a module and an object of its own, which a partial keeps"
+    return nn.functional.cross_entropy(norm(pred) + shaky.rng.random(), y)
+
+
+def of_what_cannot_be_looked_at():
+    "Objects that refuse, and whatever has no state to copy"
+    class Refuses:
+        def __getattr__(self, name): raise RuntimeError(f'no {name}')
+        @property
+        def __dict__(self): raise RuntimeError('no')
+    class Holder(Callback):
+        def __init__(self): self.refuses,self.meta,self.system,self.lazy = Refuses(),torch.zeros(3, device='meta'),random.SystemRandom(),nn.LazyLinear(3)
+    def loss(pred, y): return nn.functional.cross_entropy(pred, y) if pred is not None else never
+    if loss is None: never = 0
+    return own(loss=loss, cbs=Holder())
 
 
 def own(dataset=None, loss=None, cbs=None, **kwargs):
@@ -409,13 +523,17 @@ def shaken(samples, rng): return torch.stack([x for x,_ in samples]) + rng.rando
 
 
 class Hooks(Callback):
-    "Registers hooks on parameters, and a sparse buffer, and never takes them off"
+    "Registers hooks on parameters, and a sparse buffer, and never takes them off; changes sparse and overlapping tensors in place"
+    def __init__(self): self.csr,self.overlapping = torch.eye(3).to_sparse_csr(),torch.zeros(10).as_strided((3, 3), (1, 1))
+    def before_batch(self): self.csr.values().add_(1)
     def before_fit(self):
         p = next(self.model.parameters())
         p.register_hook(lambda g: g*1.01)
         p.register_post_accumulate_grad_hook(lambda p: setattr(p, 'grad', p.grad*1.01))
         self.learn.model.register_buffer('csr', torch.eye(3).to_sparse_csr())
-    def after_step(self): self.model.csr.values().add_(1)
+    def after_step(self):
+        self.model.csr.values().add_(1)
+        self.overlapping.add_(1)
 
 
 def with_sparse_buffers():
@@ -432,6 +550,11 @@ odd = {
     'sampler': with_sampler,
     'data set of a class, persistent workers': lambda: with_worker(persistent_workers=True),
     'loss with state': lambda: own(loss=Focal()),
+    'data set with a table and a list of its own kind': lambda: own(Tabled()),
+    'loss with keys and late slots': lambda: own(loss=Late()),
+    'loss with attributes of a function': lambda: own(loss=counting),
+    'loss with a module in a partial': lambda: own(loss=partial(distilled, norm=nn.BatchNorm1d(10), shaky=Shaky())),
+    'what cannot be looked at': of_what_cannot_be_looked_at,
     'loss that is a method': lambda: own(loss=Focal().as_method),
     'generator in a closure': in_closure,
     'generator of the module': with_global,
