@@ -350,6 +350,16 @@ def test_autocast_is_switched_off_again():
     assert torch.autocast_increment_nesting() == 1 and torch.autocast_decrement_nesting() == 0
 
 
+def test_gradients_are_switched_on_again():
+    class NoGrad(Callback):
+        "Is interrupted where it has switched gradients off"
+        def after_batch(self):
+            torch.set_grad_enabled(False)
+            raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt): find(rich_learner(cbs=NoGrad()))
+    assert torch.is_grad_enabled()
+
+
 def test_a_language_model_keeps_its_order():
     from fastai.text.all import AWD_LSTM, LMDataLoader, get_language_model
     texts = [torch.randint(20, (n,), generator=torch.Generator().manual_seed(n)) for n in range(60, 400, 7)]
