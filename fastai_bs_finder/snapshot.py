@@ -95,7 +95,7 @@ class Snapshot:
             try: self._visit(o, data)
             except Exception:  # an object that does not let itself be looked at
                 if issubclass(type(o), (torch.Tensor, np.ndarray, *_own)): raise
-        for setter,state in _global_state(): self._undo.append(lambda setter=setter, state=state: setter(state))
+        self._undo += [partial(setter, state) for setter,state in _global_state()]
 
 # %% ../nbs/01_snapshot.ipynb #93d534a7
 @patch
@@ -239,7 +239,7 @@ def _undo_rng(self:Snapshot, o):
     else:
         bits = o.bit_generator if isinstance(o, np.random.Generator) else o._bit_generator
         setter,state = partial(setattr, bits, 'state'),bits.state
-    self._undo.append(lambda: setter(state))
+    self._undo.append(partial(setter, state))
 
 @patch
 def _undo_script(self:Snapshot, o):

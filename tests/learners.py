@@ -107,6 +107,11 @@ def torch_loaders(collate=None, n=480, **kwargs):
     return DataLoaders(loader(slice(n)), loader(slice(n, n + 100)))
 
 
+def loaders(items, n_valid=100, **kwargs):
+    "fastai's loaders of `items`: shuffled for training, the first `n_valid` again for validation"
+    return DataLoaders(*(DataLoader(d, bs=16, shuffle=s, drop_last=s) for d,s in ((items, True), (items[:n_valid], False))), **kwargs)
+
+
 def mlp(n_out=10): return nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, n_out))
 
 
@@ -152,8 +157,7 @@ def two_losses(pred, digit, ink): return nn.functional.cross_entropy(pred[0], di
 
 def two_inputs_two_targets():
     X,y = digits()
-    ds = [(x[:32], x[32:], t, x.mean()) for x,t in zip(X[:480], y[:480])]
-    dls = DataLoaders(*(DataLoader(d, bs=16, shuffle=s, drop_last=s) for d,s in ((ds, True), (ds[:100], False))))
+    dls = loaders([(x[:32], x[32:], t, x.mean()) for x,t in zip(X[:480], y[:480])])
     dls.n_inp = 2
     return Learner(dls, TwoByTwo(), loss_func=two_losses)
 
@@ -168,8 +172,7 @@ class FromDict(nn.Module):
 
 def dict_batches():
     X,y = digits()
-    ds = [(dict(pixels=x), dict(digit=t)) for x,t in zip(X[:480], y[:480])]
-    dls = DataLoaders(*(DataLoader(d, bs=16, shuffle=s, drop_last=s) for d,s in ((ds, True), (ds[:100], False))))
+    dls = loaders([(dict(pixels=x), dict(digit=t)) for x,t in zip(X[:480], y[:480])])
     return Learner(dls, FromDict(), loss_func=lambda p,t: nn.functional.cross_entropy(p['logits'], t['digit']))
 
 

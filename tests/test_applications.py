@@ -1,10 +1,9 @@
 "Every kind of learner: the number is that of the stored gradients, and nobody can tell that bs_find ran"
-
 from collections import deque
 from functools import partial
 
 import pytest, torch
-from fastai.basics import Callback, Learner
+from fastai.basics import Callback
 
 from fastai_bs_finder.all import *
 from footprint import assert_no_footprint
@@ -12,7 +11,7 @@ from learners import applications, maker
 from reference import paper_estimate
 
 
-def find(learn, lr, **kwargs): return learn.bs_find(lr, 20, 4, show_plot=False, **kwargs)   # measurements end at batches 4, 12 and 20
+def find(learn, lr): return learn.bs_find(lr, 20, 4, show_plot=False)   # measurements end at batches 4, 12 and 20
 
 
 class Store(Callback):

@@ -4,7 +4,7 @@ from functools import partial
 
 import fastai.callback.wandb as fastai_wandb, pytest, torch, wandb
 from torch import nn
-from fastai.basics import (Adam, Callback, CancelBatchException, CancelFitException, CancelStepException, CrossEntropyLossFlat, DataLoader, DataLoaders, Learner, OptimWrapper, SGD,
+from fastai.basics import (Adam, Callback, CancelBatchException, CancelFitException, CancelStepException, CrossEntropyLossFlat, Learner, OptimWrapper, SGD,
                            accuracy, set_seed)
 from fastai.callback.all import (ActivationStats, BnFreeze, ChannelsLast, CollectDataCallback, CSVLogger, CutMix, EarlyStoppingCallback, GradientAccumulation, GradientClip, MixedPrecision,
                                  MixUp, NonNativeMixedPrecision, ModelToHalf, ParamScheduler, ReduceLROnPlateau, SaveModelCallback, SchedCos, ShortEpochCallback, ShowGraphCallback,
@@ -15,7 +15,7 @@ from fastai.optimizer import Lamb, Larc, Lookahead, QHAdam, RAdam, RMSProp, rang
 
 from fastai_bs_finder.all import *
 from footprint import assert_no_footprint
-from learners import digits, language_model, tabular
+from learners import digits, language_model, loaders, tabular
 from test_applications import Store, find
 from reference import paper_estimate
 
@@ -23,8 +23,7 @@ from reference import paper_estimate
 def convnet(path, **kwargs):
     "Batch-norm, dropout and real digits as images; callbacks write to `path`"
     X,y = digits()
-    ds = [(x.view(1, 8, 8), t) for x,t in zip(X[:400], y[:400])]
-    dls = DataLoaders(*(DataLoader(d, bs=16, shuffle=s, drop_last=s) for d,s in ((ds, True), (ds[:60], False))))
+    dls = loaders([(x.view(1, 8, 8), t) for x,t in zip(X[:400], y[:400])], 60)
     net = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Dropout(.2), nn.Linear(288, 10))
     return Learner(dls, net, loss_func=CrossEntropyLossFlat(), metrics=accuracy, path=path, **kwargs)
 

@@ -3,13 +3,13 @@ import gc
 
 import pytest, torch
 from torch import nn
-from fastai.basics import Callback, CrossEntropyLossFlat, DataLoader, DataLoaders, Learner, accuracy, set_seed
+from fastai.basics import Callback, CrossEntropyLossFlat, Learner, accuracy, set_seed
 from fastai.callback.fp16 import MixedPrecision
 from fastai.distributed import ParallelTrainer
 
 from fastai_bs_finder.all import *
 from footprint import assert_no_footprint, changes, forget, state
-from learners import digits
+from learners import digits, loaders
 
 cuda = pytest.mark.cuda
 devices = ['cpu', pytest.param('cuda', marks=cuda)]
@@ -18,8 +18,7 @@ devices = ['cpu', pytest.param('cuda', marks=cuda)]
 def learner(device, **kwargs):
     set_seed(1)
     X,y = digits()
-    ds = list(zip(X[:480], y[:480]))
-    dls = DataLoaders(*(DataLoader(d, bs=16, shuffle=s, drop_last=s) for d,s in ((ds, True), (ds[:100], False))), device=device)
+    dls = loaders(list(zip(X[:480], y[:480])), device=device)
     net = nn.Sequential(nn.Linear(64, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Dropout(.2), nn.Linear(32, 10)).to(device)
     return Learner(dls, net, loss_func=CrossEntropyLossFlat(), metrics=accuracy, **kwargs)
 
