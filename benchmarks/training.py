@@ -1,0 +1,99 @@
+"Real training to a target: steps and seconds at each batch size, with the best learning rate of a grid; results in training.csv"
+import argparse, math, time
+from pathlib import Path
+
+import numpy as np, pandas as pd, torch
+from fastai.basics import Callback, CancelFitException, first
+
+from tasks import tasks
+
+sizes,bs0,seeds = (16, 64, 256, 1024, 4096),64,(0, 1)
+here = Path(__file__).parent
+
+
+class ToTargets(Callback):
+    "Trains until the training loss, on a fixed part of the training set, is below the last of `targets`, or for `max_steps`; counts steps and seconds, evaluation left out"
+    order,run_valid = 100,False
+    def __init__(self, targets, max_steps): self.targets,self.max_steps,self.reached = targets,max_steps,[]
+
+    def before_fit(self):
+        idxs = np.random.default_rng(0).permutation(self.dls.train.n)[:2000].tolist()
+        *self.x,self.y_ = first(self.dls.train.new(get_idxs=lambda: idxs, bs=len(idxs), shuffle=False, drop_last=False))
+        self.steps,self.next,self.seconds = 0,10,0.
+        self.start = time.perf_counter()
+
+    def training_loss(self):
+        self.model.eval()
+        with torch.no_grad(): loss = self.learn.loss_func(self.model(*self.x), self.y_).item()
+        self.model.train()
+        return loss
+
+    def after_batch(self):
+        self.steps += 1
+        if self.steps < self.next and self.steps < self.max_steps: return
+        self.seconds += time.perf_counter() - self.start
+        loss = self.training_loss()
+        while len(self.reached) < len(self.targets) and loss <= self.targets[len(self.reached)]: self.reached.append((self.steps, self.seconds))
+        if len(self.reached) == len(self.targets) or self.steps >= self.max_steps or not loss < 20: raise CancelFitException
+        self.next = self.steps + math.ceil(self.steps*.04)
+        self.start = time.perf_counter()
+
+
+def train(task, bs, lr, seed, max_steps):
+    "A row per target: steps and seconds, inf where it was not reached in `max_steps`"
+    cb = ToTargets(task.targets, max_steps)
+    task.make(bs, seed).fit(10**6, lr, cbs=cb)
+    reached = cb.reached + [(math.inf, math.inf)]*(len(task.targets) - len(cb.reached))
+    return [dict(bs=bs, lr=lr, seed=seed, target=t, steps=s, seconds=sec) for t,(s,sec) in zip(task.targets, reached)]
+
+
+def geomean(x): return math.exp(np.mean(np.log(x)))
+
+
+def search(task, bs, lr, max_steps):
+    "Runs at learning rates around `lr`, by factors of 2, until for every target the best is inside of the grid"
+    rows,done = [],{}
+    def score(lr, i):
+        if lr not in done:
+            best = [min((v[j] for v in done.values()), default=math.inf) for j in range(len(task.targets))]
+            cap = math.ceil(min(1.5*best[-1], max_steps))
+            runs = [train(task, bs, lr, seed, cap) for seed in seeds]
+            rows.extend(r for run in runs for r in run)
+            done[lr] = [geomean([run[j]['steps'] for run in runs]) for j in range(len(task.targets))]
+            print(f'  bs={bs} lr={lr:.4g}: steps {[round(s, 1) for s in done[lr]]}', flush=True)
+        return done[lr][i]
+    for i in range(len(task.targets)):
+        while not math.isfinite(score(lr, i)) and lr > 1e-6 and len(done) < 12: lr /= 2
+        for factor in (2, .5):
+            while score(lr*factor, i) < score(lr, i): lr *= factor
+        score(lr*2, i), score(lr/2, i)
+    best = min(done, key=lambda k: done[k][-1])
+    return rows,best,done[best][-1]
+
+
+def best_runs(runs):
+    "Steps and seconds with the best learning rate of each size, as geometric means over the seeds; a row per task, target and batch size"
+    by = ['task', 'target', 'bs', 'lr']
+    means = runs.groupby(by, sort=False)[['steps', 'seconds']].agg(geomean).reset_index()
+    return means.loc[means.groupby(by[:-1], sort=False).steps.idxmin()].set_index(by[:-1])
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__)
+    p.add_argument('--tasks', nargs='*', default=list(tasks), help='their names')
+    p.add_argument('--out', type=Path, default=here/'training.csv')
+    args = p.parse_args()
+    for name in args.tasks:
+        task,lr,max_steps,rows = tasks[name],tasks[name].lr/2,20_000,[]
+        print(name, flush=True)
+        for bs in sizes:
+            new,lr,steps = search(task, bs, lr, max_steps)
+            rows += new
+            max_steps = math.ceil(3*steps)
+            lr *= 2 if task.opt == 'sgd' else 1.41
+        df = pd.DataFrame(rows)
+        df.insert(0, 'task', name)
+        df.to_csv(args.out, mode='a', header=not args.out.exists(), index=False, float_format='%.6g')
+
+
+if __name__ == '__main__': main()
