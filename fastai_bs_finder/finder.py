@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['BSFinder']
 
-# %% ../nbs/04_finder.ipynb #3bd794eb
-import inspect, math, warnings
+# %% ../nbs/04_finder.ipynb #21b7898b
+import inspect, math, time, warnings
 from collections import namedtuple
 from collections.abc import Callable
 from functools import partial
 from numbers import Integral, Real
 
-import pandas as pd, torch
+import numpy as np, pandas as pd, torch
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 from fastcore.basics import GetAttr, patch, tuplify
@@ -20,13 +20,13 @@ from fastcore.foundation import L
 from fastai.callback import progress
 from fastai.callback.core import Callback, TrainEvalCallback, CancelBatchException, CancelFitException, CancelValidException
 from fastai.callback.fp16 import MixedPrecision, NonNativeMixedPrecision
-from fastai.callback.training import GradientAccumulation
 from fastai.imports import noop
 from fastai.learner import Learner
-from fastai.torch_core import find_bs, item_find
-from .noise import GradSums, NoiseMeter
-from .snapshot import no_footprint
-from .suggest import bs_summary, critical
+from .geometry import HessianSums, OptMetric
+from .noise import GradSums, Noise, NoiseAverage, NoiseMeter
+from .steps import len_or_none, mock_training, n_examples, n_train_examples, profile_sizes, profile_steps
+from .predict import bs_table
+from .suggest import bs_summary, critical, fastest
 import fastai_bs_finder.plot
 
 # %% ../nbs/04_finder.ipynb #8ae51b96
@@ -37,7 +37,7 @@ _biased = ("step_every_batch=True is for comparison only: while every batch step
 def _whole(name, x, least):
     if not isinstance(x, Integral) or isinstance(x, bool) or x < least: raise ValueError(f"{name}={x!r} is not a whole number of {least} or more")
 
-# %% ../nbs/04_finder.ipynb #2f411075
+# %% ../nbs/04_finder.ipynb #e03ac8b9
 class BSFinder(Callback):
     "Measures the gradient noise scale during training: `n_batch` batches at fixed weights, one step with their mean gradient, `n_train` ordinary steps, and again"
     order,run_valid = TrainEvalCallback.order-1,False
@@ -48,6 +48,7 @@ class BSFinder(Callback):
         n_train:int|None=None, # Number of ordinary training steps between measurements; `None`: as many as `n_batch`
         step_every_batch:bool=False, # Step after every batch, in measurements too? Biased: for comparison with older tools only
         pbar=None, # A fastprogress bar to update; `None`: no bar
+        hessian:bool=False, # Measure the paper's full noise scale too, with Hessian-vector products?
     ):
         if n_train is None: n_train = 0 if step_every_batch else n_batch
         _whole('n_batch', n_batch, 2)
@@ -58,17 +59,19 @@ class BSFinder(Callback):
                              f"{30*(n_batch + n_train)}), or lower n_batch")
         if not isinstance(beta, Real): raise ValueError(f"beta={beta!r} is not a number in [0, 1)")
         if step_every_batch: warnings.warn(_biased, stacklevel=3)
-        self.num_it,self.n_batch,self.beta,self.n_train,self.step_every_batch,self.pbar = num_it,n_batch,beta,n_train,step_every_batch,pbar
+        self.num_it,self.n_batch,self.beta,self.n_train,self.step_every_batch,self.pbar,self.hessian = num_it,n_batch,beta,n_train,step_every_batch,pbar,hessian
         self._start()
 
     def _start(self):
         self._meter,self._rows,self._lr,self._bs = NoiseMeter(self.beta),[],math.nan,0
+        self._opt_average,self._full_average,self._hessian_sums,self.parts = NoiseAverage(self.beta),NoiseAverage(self.beta),None,[]
         self._spent,self._seen,self._steps,self._to_train,self._loss_sum = 0,0,0,0,0.
         self._measuring,self._batch_norm,self.stopped,self.diverged,self.missing,self.error = False,False,None,False,'',None
 
     def before_fit(self):
         self._start()
         self._params = list({id(p):p for p,*_ in self.opt.all_params()}.values())
+        self._metric = OptMetric(self.opt, self._params)
         if self.pbar: self.pbar.update(0)
 
     def before_validate(self): raise CancelValidException
@@ -84,18 +87,13 @@ class BSFinder(Callback):
 
     def after_loss(self):
         if not len(self.yb): self._stop(error=ValueError("The training loader yields no target: a loss, and its gradient, need one. Give the loader targets, or set dls.n_inp"))
-        if not self._n_examples: self._stop(error=ValueError("The examples of a batch cannot be counted: neither its first target nor its first input is a tensor with the examples along its first axis"))
+        if not n_examples(self.learn): self._stop(error=ValueError("The examples of a batch cannot be counted: neither its first target nor its first input is a tensor with the examples along its first axis"))
 
-    @property
-    def _n_examples(self):
-        "Number of examples in the batch, by its targets or else its inputs; 0 where neither can tell"
-        return next((find_bs(b) for b in (self.yb, self.xb) if len(b) and getattr(item_find(b), 'shape', ())), 0)
-
-# %% ../nbs/04_finder.ipynb #7a8d5fcb
+# %% ../nbs/04_finder.ipynb #df6a29c1
 @patch
 def before_train(self:BSFinder):
     self._drop_measurement()
-    if _len(self.dl) is None: self.learn.dl = _Passes(self.dl, self.num_it, self._drop_measurement)
+    if len_or_none(self.dl) is None: self.learn.dl = _Passes(self.dl, self.num_it, self._drop_measurement)
 
 @patch
 def _drop_measurement(self:BSFinder):
@@ -104,20 +102,30 @@ def _drop_measurement(self:BSFinder):
 
 @patch
 def before_batch(self:BSFinder):
+    cycle = self.n_train + self.n_batch
+    if not self._spent and self.num_it >= 4*cycle and self.n_iter >= cycle: self._to_train = self.n_train
     fits = self.n_batch <= min(self.n_iter - self.iter, self.num_it - self._spent)
     self._measuring = self._to_train <= 0 and (self._meter.n_batch > 0 or fits)
-    if self._measuring: self._clear_grads()
+    if not self._measuring: return
+    self._clear_grads()
+    if not self._meter.n_batch: self._begin()
+
+@patch
+def _begin(self:BSFinder):
+    "Begin a measurement; the first with second moments to divide by is the first of its kind"
+    adaptive = self._metric.adaptive
+    self._metric.refresh()
+    if self._metric.adaptive and not adaptive:
+        self._opt_average = NoiseAverage(self.beta)
+        for row in self._rows: row |= _columns(self._opt_average, 'opt_')
+    self._meter.sums = GradSums((self._metric,) if self._metric.adaptive else ())
+    self._hessian_sums = HessianSums() if self.hessian else None
 
 @patch
 def _clear_grads(self:BSFinder):
     for p in self._params: p.grad = None
 
-# %% ../nbs/04_finder.ipynb #7f11002b
-def _len(o):
-    "`len(o)`; `None` where it has none"
-    try: return len(o)
-    except (TypeError, NotImplementedError): return None
-
+# %% ../nbs/04_finder.ipynb #395cbd63
 class _Passes(GetAttr):
     "Passes over `dl`, a loader without a length, as many as `n` batches take"
     _default = 'dl'
@@ -130,17 +138,18 @@ class _Passes(GetAttr):
             self.before_pass()
             for b in self.dl: yield b
 
-# %% ../nbs/04_finder.ipynb #5265bac9
+# %% ../nbs/04_finder.ipynb #010e0186
 @patch
 def after_backward(self:BSFinder):
     if not self._measuring: return
-    grads,bs = [p.grad for p in self._params],self._n_examples
+    grads,bs = [p.grad for p in self._params],n_examples(self.learn)
     if all(g is None for g in grads): self._leave_out('no batch gave a gradient')
     scale = self._loss_scale
     if not self._meter.add(grads, bs, scale or 1., skip_nonfinite=scale is not None or self._on_cpu):
         self._check_loss()
         if scale is not None: return
         self._leave_out('the gradients are not finite')
+    if self.hessian: self._hessian_sums.keep(grads, bs)
     self._bs = max(self._bs, bs)
     self._loss_sum = self._loss_sum + self.learn.loss.detach().mean()*bs
     if self._meter.n_batch == self.n_batch: self._complete(bs, scale or 1.)
@@ -166,7 +175,14 @@ def _skip_step(self:BSFinder):
     self._clear_grads()
     raise CancelBatchException
 
-# %% ../nbs/04_finder.ipynb #eff9d22f
+# %% ../nbs/04_finder.ipynb #c674ad39
+def _columns(average, prefix=''):
+    "The columns of `bs_stats` for one kind of noise scale"
+    lo,hi = average.interval()
+    raw = average.measured[-1] if average.measured else average.mean
+    vals = dict(noise=average.noise, scale=average.scale, noise_scale=average.noise_scale, lo=lo, hi=hi, raw_noise=raw.noise, raw_scale=raw.scale)
+    return {prefix + k:v for k,v in vals.items()}
+
 @patch
 def _complete(self:BSFinder, bs, loss_scale):
     self._check_loss()
@@ -175,17 +191,27 @@ def _complete(self:BSFinder, bs, loss_scale):
     mean = self._meter.measure(loss_scale)
     self._to_train = self.n_train
     if len(self._meter.measured) == n: self._leave_out('the gradients are not finite')
-    raw,ema,(lo,hi) = self._meter.measured[-1],self._meter.mean,self._meter.interval()
+    noises,scales = self._meter.parts
+    self.parts.append(np.stack([noises[0], scales[0]]))
+    self._opt_average.append(Noise(float(noises[-1] @ self._metric.lrs), float(scales[-1] @ self._metric.lrs)))
+    if self.hessian: self._full_average.append(self._hessian_sums.noise_and_scale())
     if not self._rows:
         self._lr = float(self.opt.hypers[-1]['lr'])
         self._batch_norm = any(isinstance(m, _BatchNorm) and m.training for m in self.learn.model.modules())
-    self._rows.append(dict(batch=self._spent + 1, step=self._steps, samples=self._seen + bs, loss=loss, noise=ema.noise, scale=ema.scale,
-                           noise_scale=ema.noise_scale, lo=lo, hi=hi, raw_noise=raw.noise, raw_scale=raw.scale))
-    if self.pbar and not math.isnan(hi): self.pbar.comment = f'noise scale at least {lo:.0f}' if hi == math.inf else f'noise scale {ema.noise_scale:.0f}'
+    row = dict(batch=self._spent + 1, step=self._steps, samples=self._seen + bs, loss=loss) | _columns(self._meter) | _columns(self._opt_average, 'opt_')
+    self._rows.append(row | (_columns(self._full_average, 'full_') if self.hessian else {}))
+    if self.pbar and not math.isnan(row['hi']): self.pbar.comment = f"noise scale at least {row['lo']:.0f}" if row['hi'] == math.inf else f"noise scale {row['noise_scale']:.0f}"
     if not self.step_every_batch:
         for p,g in zip(self._params, mean): p.grad = None if g is None else g.to(p.dtype)
 
-# %% ../nbs/04_finder.ipynb #91031631
+# %% ../nbs/04_finder.ipynb #d0a5e22a
+@patch
+def before_backward(self:BSFinder):
+    if not (self.hessian and self._measuring): return
+    try: self._hessian_sums.add(self.learn.loss_grad, self._params, self._meter.sums)
+    except RuntimeError as e: self._stop(error=ValueError(f"hessian=True needs second derivatives of the loss, and one is missing: {e}. Leave hessian at False"))
+
+# %% ../nbs/04_finder.ipynb #0b57c431
 @patch
 def after_step(self:BSFinder): self._steps += 1
 
@@ -199,7 +225,7 @@ def after_batch(self:BSFinder):
         self._to_train -= 1
     self._measuring = False
     self._spent += 1
-    self._seen += self._n_examples
+    self._seen += n_examples(self.learn)
     if self.pbar: self.pbar.update(self._spent)
     if self._spent >= self.num_it: raise CancelFitException
 
@@ -207,12 +233,12 @@ def after_batch(self:BSFinder):
 def stats(self:BSFinder) -> pd.DataFrame: # A row per measurement, and in `attrs` what it was taken with
     "The measurements so far"
     early = f"Stopped after {self._spent} of {self.num_it} batches: a callback, or the end of the data, ended the training." if self._spent < self.num_it else None
-    res = pd.DataFrame(self._rows, columns='batch step samples loss noise scale noise_scale lo hi raw_noise raw_scale'.split())
-    res.attrs.update(bs=self._bs, lr=self._lr, num_it=self.num_it, n_batch=self.n_batch, beta=self.beta, n_train=self.n_train,
+    res = pd.DataFrame(self._rows, columns=['batch', 'step', 'samples', 'loss', *_columns(self._meter), *_columns(self._meter, 'opt_'), *(_columns(self._meter, 'full_') if self.hessian else ())])
+    res.attrs.update(opt='adam' if self._metric.adaptive else 'sgd', bs=self._bs, lr=self._lr, num_it=self.num_it, n_batch=self.n_batch, beta=self.beta, n_train=self.n_train,
                      step_every_batch=self.step_every_batch, batch_norm=self._batch_norm, stopped=self.stopped or early, diverged=self.diverged, missing=self.missing)
     return res
 
-# %% ../nbs/04_finder.ipynb #251195c1
+# %% ../nbs/04_finder.ipynb #a31fab4a
 def _check_lr(lr):
     "`lr` as `fit` takes it"
     if lr is None: return
@@ -224,7 +250,7 @@ def _check_lr(lr):
 
 def _check_loader(dl, num_it):
     "Number of batches in an epoch; `None` for a loader without a length"
-    n = _len(dl)
+    n = len_or_none(dl)
     if n is None and num_it is None: raise ValueError("num_it=None stands for one epoch, but the training loader has no length: give num_it, the number of batches to spend")
     if n == 0: raise ValueError(f"The training loader is empty: {len(getattr(dl, 'dataset', []))} examples make no batch of bs={getattr(dl, 'bs', None)} "
                                f"with drop_last={getattr(dl, 'drop_last', None)}. Lower bs, or set drop_last=False")
@@ -255,15 +281,24 @@ def _names(funcs):
         raise ValueError(f"suggest_funcs are called {', '.join(names)}: the fields of the result are named after them, so give each function (no lambda) a name of its own, without leading underscore")
     return names
 
-# %% ../nbs/04_finder.ipynb #17d7eebe
-_aside = (progress.ProgressCallback, progress.CSVLogger, GradientAccumulation)  # what shows, logs, or changes what a gradient is
+# %% ../nbs/04_finder.ipynb #28cb7440
+def _share(profile):
+    "The share of the time that the profile may take"
+    if isinstance(profile, bool): return .2*profile
+    if not isinstance(profile, Real) or not 0 <= profile < math.inf: raise ValueError(f"profile={profile!r} is not True, False or a share of the time of 0 or more, such as 0.2")
+    return float(profile)
 
-def _train_size(learn):
-    "Number of examples in the training set, in the unit that batches are counted in"
-    dl = learn.dls.train
-    n = getattr(dl, 'n', None)
-    return n if n is not None else _len(getattr(dl, 'dataset', None))
+# %% ../nbs/04_finder.ipynb #de7f1c3f
+def _profile(learn, bs, budget):
+    "What is known of time and memory, for `attrs`"
+    n = n_train_examples(learn)
+    seconds = profile_steps(learn, profile_sizes(bs, n or 16*bs), budget)
+    res = dict(step_time=seconds.to_dict())
+    if len(seconds) > 1: return res
+    why = "the training loader does not take another batch size" if set(seconds.index) - {bs} else "the run is too short to try them: raise num_it, or profile"
+    return res | dict(profile_note=f"How fast other batch sizes are on this machine is not known, {why}.")
 
+# %% ../nbs/04_finder.ipynb #f74a6d69
 @patch
 def bs_find(self:Learner,
     lr:float|slice|list|None=None, # Learning rate of the mock training, as in `fit`; `None`: the learner's
@@ -272,26 +307,28 @@ def bs_find(self:Learner,
     beta:float=.9, # EMA factor over measurements, in [0, 1)
     n_train:int|None=None, # Number of ordinary training steps between measurements; `None`: as many as `n_batch`
     show_plot:bool=True, # Draw the picture?
-    suggest_funcs:Callable|tuple=critical, # Function or functions from `learn.recorder.bs_stats` to a batch size
+    suggest_funcs:Callable|tuple=(critical, fastest), # Function or functions from `learn.recorder.bs_stats` to a batch size
+    profile:bool|float=True, # Time training steps at a few batch sizes, and see what fits in memory? A number is the share of the measurements' time to spend on it, at most; `True`: 0.2
     *,
     step_every_batch:bool=False, # Step after every batch, as older tools do? Biased: for comparison only
+    hessian:bool=False, # Measure the paper's full noise scale too, with Hessian-vector products? Takes some three times as long
 ) -> tuple: # `SuggestedBS`, a named tuple of batch sizes with the names of `suggest_funcs`; `None` in it where nothing can be said
-    "Launch a mock training to find a good batch size; see also `learn.recorder.bs_stats` and `learn.recorder.plot_bs_find`. Raises `ValueError` on bad input, before anything is touched"
+    "Launch a mock training to find a good batch size; see also `learn.recorder.bs_table`, `bs_stats`, `bs_layers` and `plot_bs_find`. Raises `ValueError` on bad input, before anything is touched"
     lr,funcs = _check_lr(lr),tuplify(suggest_funcs)
-    names = _names(funcs)
+    names,share = _names(funcs),_share(profile)
     _check_learner(self)
     n_epoch_it = _check_loader(self.dls.train, num_it)
-    cb = BSFinder(n_epoch_it if num_it is None else num_it, n_batch, beta, n_train, step_every_batch)
+    cb = BSFinder(n_epoch_it if num_it is None else num_it, n_batch, beta, n_train, step_every_batch, hessian=hessian)
     if n_epoch_it and n_batch > n_epoch_it:
         raise ValueError(f"n_batch={n_batch} is more than the {n_epoch_it} batches of an epoch, and a measurement stays within one: lower n_batch to {max(n_epoch_it, 2)} or less, or measure with smaller batches")
     bar = progress.progress_bar(range(cb.num_it), leave=False) if any(isinstance(o, progress.ProgressCallback) for o in self.cbs) else None
     try:
-        with no_footprint(self):
-            self.remove_cbs(L(o for o in self.cbs if isinstance(o, _aside)))
-            self.lr_finder,cb.pbar = cb,bar  # fastai's trackers and loggers stand aside while the learner has an `lr_finder`
-            if not self.opt: self.create_opt()
+        with mock_training(self):
+            self.lr_finder,cb.pbar = cb,bar
             _check_opt(self.opt, lr)
-            with self.no_logging(): self.fit(math.ceil(cb.num_it/n_epoch_it) if n_epoch_it else 1, lr, cbs=cb)
+            start = time.perf_counter()
+            self.fit(math.ceil(cb.num_it/n_epoch_it) if n_epoch_it else 1, lr, cbs=cb)
+            found = _profile(self, cb._bs, share*(time.perf_counter() - start)) if share and cb._rows else {}
     except BaseException:
         if bar and bar.last_v is not None: bar.on_interrupt()
         raise
@@ -299,8 +336,8 @@ def bs_find(self:Learner,
     if cb.error: raise cb.error
 
     stats = cb.stats
-    stats.attrs['n'] = _train_size(self)
-    self.recorder.bs_stats,stats.attrs['suggested'] = stats,{}
+    stats.attrs.update(found, n=n_train_examples(self), lr_given=lr, suggested={})
+    self.recorder.bs_stats,self.recorder.bs_table = stats,bs_table(stats)
     for name,f in zip(names, funcs): stats.attrs['suggested'][name] = f(stats)
     if self.logger is not noop: print(bs_summary(stats))
     if show_plot and len(stats): self.recorder.plot_bs_find()
