@@ -1,6 +1,9 @@
 "Everything, in one import: `from fastai_bs_finder.all import *`"
 from .noise import *
+from .geometry import *
 from .snapshot import *
+from .predict import *
 from .suggest import *
 from .plot import *
+from .layers import *
 from .finder import *

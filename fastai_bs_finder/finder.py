@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BSFinder']
 
-# %% ../nbs/04_finder.ipynb #21b7898b
+# %% ../nbs/04_finder.ipynb #8294eda3
 import inspect, math, time, warnings
 from collections import namedtuple
 from collections.abc import Callable
@@ -23,11 +23,11 @@ from fastai.callback.fp16 import MixedPrecision, NonNativeMixedPrecision
 from fastai.imports import noop
 from fastai.learner import Learner
 from .geometry import HessianSums, OptMetric
+from .layers import layer_table
 from .noise import GradSums, Noise, NoiseAverage, NoiseMeter
-from .steps import len_or_none, mock_training, n_examples, n_train_examples, profile_sizes, profile_steps
+from .steps import len_or_none, mock_training, n_examples, n_train_examples, profile_steps
 from .predict import bs_table
 from .suggest import bs_summary, critical, fastest
-import fastai_bs_finder.plot
 
 # %% ../nbs/04_finder.ipynb #8ae51b96
 _biased = ("step_every_batch=True is for comparison only: while every batch steps, the noise in one gradient moves the weights at which the next is taken. "
@@ -175,7 +175,7 @@ def _skip_step(self:BSFinder):
     self._clear_grads()
     raise CancelBatchException
 
-# %% ../nbs/04_finder.ipynb #c674ad39
+# %% ../nbs/04_finder.ipynb #02db3437
 def _columns(average, prefix=''):
     "The columns of `bs_stats` for one kind of noise scale"
     lo,hi = average.interval()
@@ -200,7 +200,8 @@ def _complete(self:BSFinder, bs, loss_scale):
         self._batch_norm = any(isinstance(m, _BatchNorm) and m.training for m in self.learn.model.modules())
     row = dict(batch=self._spent + 1, step=self._steps, samples=self._seen + bs, loss=loss) | _columns(self._meter) | _columns(self._opt_average, 'opt_')
     self._rows.append(row | (_columns(self._full_average, 'full_') if self.hessian else {}))
-    if self.pbar and not math.isnan(row['hi']): self.pbar.comment = f"noise scale at least {row['lo']:.0f}" if row['hi'] == math.inf else f"noise scale {row['noise_scale']:.0f}"
+    noise_scale,lo,hi = (row[f'opt_{c}'] for c in ('noise_scale', 'lo', 'hi'))
+    if self.pbar and not math.isnan(hi): self.pbar.comment = f'noise scale at least {lo:.0f}' if hi == math.inf else f'noise scale {noise_scale:.0f}'
     if not self.step_every_batch:
         for p,g in zip(self._params, mean): p.grad = None if g is None else g.to(p.dtype)
 
@@ -288,17 +289,20 @@ def _share(profile):
     if not isinstance(profile, Real) or not 0 <= profile < math.inf: raise ValueError(f"profile={profile!r} is not True, False or a share of the time of 0 or more, such as 0.2")
     return float(profile)
 
-# %% ../nbs/04_finder.ipynb #de7f1c3f
-def _profile(learn, bs, budget):
-    "What is known of time and memory, for `attrs`"
-    n = n_train_examples(learn)
-    seconds = profile_steps(learn, profile_sizes(bs, n or 16*bs), budget)
-    res = dict(step_time=seconds.to_dict())
-    if len(seconds) > 1: return res
-    why = "the training loader does not take another batch size" if set(seconds.index) - {bs} else "the run is too short to try them: raise num_it, or profile"
-    return res | dict(profile_note=f"How fast other batch sizes are on this machine is not known, {why}.")
+# %% ../nbs/04_finder.ipynb #ca651307
+def _profile(learn, stats, budget):
+    "What is known of time and memory, into the `attrs` of `stats`"
+    a,end = stats.attrs,time.perf_counter() + budget
+    a['step_time'],listens = profile_steps(learn, [b for b in (a['bs'], 4*a['bs']) if b <= (a['n'] or math.inf)], budget/2)
+    if len(a['step_time']) < 2:
+        why = "the run is too short to try them: raise num_it, or profile" if listens else "the training loader does not take another batch size"
+        a['profile_note'] = f"How fast other batch sizes are on this machine is not known, {why}."
+    for _ in range(4):
+        bs = fastest(stats)
+        if bs is None or bs in a['step_time']: break
+        a['step_time'],_ = profile_steps(learn, [bs], end - time.perf_counter(), a['step_time'])
 
-# %% ../nbs/04_finder.ipynb #f74a6d69
+# %% ../nbs/04_finder.ipynb #997f2b20
 @patch
 def bs_find(self:Learner,
     lr:float|slice|list|None=None, # Learning rate of the mock training, as in `fit`; `None`: the learner's
@@ -328,16 +332,17 @@ def bs_find(self:Learner,
             _check_opt(self.opt, lr)
             start = time.perf_counter()
             self.fit(math.ceil(cb.num_it/n_epoch_it) if n_epoch_it else 1, lr, cbs=cb)
-            found = _profile(self, cb._bs, share*(time.perf_counter() - start)) if share and cb._rows else {}
+            stats = cb.stats
+            stats.attrs.update(n=n_train_examples(self), lr_given=lr, suggested={})
+            if share and len(stats): _profile(self, stats, share*(time.perf_counter() - start))
     except BaseException:
         if bar and bar.last_v is not None: bar.on_interrupt()
         raise
     if bar and bar.last_v is not None: bar.on_iter_end()
     if cb.error: raise cb.error
 
-    stats = cb.stats
-    stats.attrs.update(found, n=n_train_examples(self), lr_given=lr, suggested={})
     self.recorder.bs_stats,self.recorder.bs_table = stats,bs_table(stats)
+    self.recorder.bs_layers = layer_table(self.model, cb._params, np.reshape(cb.parts, (-1, 2, len(cb._params))), beta)
     for name,f in zip(names, funcs): stats.attrs['suggested'][name] = f(stats)
     if self.logger is not noop: print(bs_summary(stats))
     if show_plot and len(stats): self.recorder.plot_bs_find()

@@ -70,19 +70,19 @@ def noiseless_mean(
     w = 1/(1 + x/bs)
     return float((1 - w).sum()*bs/w.sum()) if w.any() else math.inf
 
-# %% ../nbs/08_predict.ipynb #9c69a0ec
+# %% ../nbs/08_predict.ipynb #fb9687fb
 def mean_noise_scale(
     stats:pd.DataFrame, # Measurements of a mock training: `learn.recorder.bs_stats`
-) -> tuple|None: # Noise scale, lower and upper end of its 95% interval, in examples; the upper end may be infinite. `None` where nothing can be said
+) -> tuple|None: # Noise scale, lower and upper end of its interval, in examples; the upper end is infinite where that of all measurements is. `None` where nothing can be said
     "The noise scale averaged over the mock training, with the interval that those of the measurements imply. Where a measurement has no upper end, its lower one counts"
     x = noise_in_use(stats)
     x = x[(x.noise > 0) & ((x.scale > 0) | (x.hi == math.inf))]
     best = np.where(x.hi == math.inf, x.lo, x.noise_scale)
     known = best > 0
     if not known.any(): return
-    bs,last = stats.attrs['bs'],x.hi.iloc[-1]
+    bs = stats.attrs['bs']
     means = [noiseless_mean(b[known], bs) for b in (best, x.lo.fillna(x.noise_scale).to_numpy(), x.hi.fillna(x.noise_scale).to_numpy())]
-    return means[0],min(means[:2]),math.inf if last == math.inf else max(means)
+    return means[0],min(means[:2]),max(means)
 
 # %% ../nbs/08_predict.ipynb #ae6a773c
 def sizes_between(
@@ -92,7 +92,7 @@ def sizes_between(
     "Round batch sizes"
     return sorted(c for e in range(int(math.log2(max(hi, 1))) + 1) for c in (2**e, 3*2**e) if lo <= c <= hi)
 
-# %% ../nbs/08_predict.ipynb #f3513ede
+# %% ../nbs/08_predict.ipynb #0d5c2707
 def bs_table(
     stats:pd.DataFrame, # Measurements of a mock training: `learn.recorder.bs_stats`, with what is known of time and memory in `attrs`
 ) -> pd.DataFrame|None: # A `BSTable`, indexed by batch size; `None` where the noise scale is not known at all
@@ -101,7 +101,7 @@ def bs_table(
     if noise is None: return
     a = stats.attrs
     bs0,n,max_bs = a['bs'],a.get('n'),a.get('max_bs') or math.inf
-    step_time = StepTime(pd.Series(a['step_time'])) if len(a.get('step_time', ())) > 1 else None
+    step_time = StepTime(a['step_time']) if len(a.get('step_time', ())) > 1 else None
     def parts(bs): return max(math.ceil(bs/max_bs), 1)
     top = n or 8*max(bs0, noise[0])
     sizes = sorted({bs0, *sizes_between(min(bs0, noise[1])/8, top)})
@@ -123,7 +123,7 @@ def bs_table(
     res.attrs['bs'] = bs0
     return res
 
-# %% ../nbs/08_predict.ipynb #9268ae87
+# %% ../nbs/08_predict.ipynb #33cd33e8
 def _num(x): return f'{round(x, 2):.2g}' if abs(x) < 10 else f'{float(f"{x:.3g}"):,.0f}'
 
 def _ratio(x): return _num(x) if x >= 10 else f'{x:.1f}' if x >= 1 else f'{x:.2f}' if x >= .01 else 'less than 0.01'
@@ -144,7 +144,7 @@ class BSTable(pd.DataFrame):
             if c == 'lr': return _lr(x)
             if not isinstance(x, Real): return x
             if math.isnan(x): return ''
-            text = _num(x) if c == 'sec_per_epoch' else _ratio(x)
+            text = f'{x:.2g}' if c == 'sec_per_epoch' and x < 10 else _num(x) if c == 'sec_per_epoch' else _ratio(x)
             ends = [_ratio(row[f'{c}{e}']) for e in ('_lo', '_hi') if f'{c}{e}' in row.index]
             return f"{text} ({'-'.join(ends)})" if ends and ends != [text, text] else text
         cols = [c for c in self if not str(c).endswith(('_lo', '_hi'))]

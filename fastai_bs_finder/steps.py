@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['mock_training', 'len_or_none', 'n_examples', 'n_train_examples', 'rebatch', 'TimedSteps', 'run_steps',
-           'profile_sizes', 'profile_steps', 'StepTime']
+           'profile_steps', 'StepTime']
 
 # %% ../nbs/06_steps.ipynb #2d0f0b90
 import math, sys, time
@@ -108,43 +108,38 @@ def run_steps(
     learn.fit(10**9, 0., cbs=cb)
     return cb
 
-# %% ../nbs/06_steps.ipynb #d5e419cd
+# %% ../nbs/06_steps.ipynb #3c94c507
 _point = 2.  # seconds to spend on a batch size, at most
-
-def profile_sizes(
-    bs:int, # The batch size in use
-    most:int, # The largest to try
-) -> list: # Batch sizes, the most important first
-    "The batch size in use, and sizes around it by factors of 4"
-    return list(dict.fromkeys(s for s in (bs, 4*bs, bs//4, 16*bs) if 1 <= s <= most))
 
 def profile_steps(
     learn:Learner, # A learner in a `mock_training` block
     sizes:Iterable, # Batch sizes to try, the most important first
     budget:float, # Seconds to spend in all
-) -> pd.Series: # Seconds per training step, indexed by the batch sizes that the loader really gave
+    found:dict|None=None, # Seconds per step at batch sizes that were timed before
+) -> tuple[dict, bool]: # Seconds per training step by batch size, rising; whether the loader gave the sizes it was asked for
     "Time training steps at each of `sizes`; sizes that would take too long, or run out of memory, are left out"
-    start,found = time.perf_counter(),{}
+    start,found,listens = time.perf_counter(),dict(found or {}),True
     for i,bs in enumerate(sizes):
         left = budget - (time.perf_counter() - start)
         share = min(left/(len(sizes) - i), _point)
-        least = 4*StepTime(pd.Series(found, dtype=float))(bs) if found else 0.
+        least = 4*StepTime(found)(bs) if found else 0.
         if least > min(left, 2*_point) or left <= 0: continue
         def enough(seconds): return len(seconds) >= 4 and sum(seconds) + seconds[-1] > share or len(seconds) >= 30 or sum(seconds) > min(left, 2*_point)
         try: steps = run_steps(learn, bs, enough)
         except torch.OutOfMemoryError: break
-        if len(steps.seconds) > 1: found[max(steps.sizes)] = median(steps.seconds[1:])
-        if max(steps.sizes, default=bs) != bs: break
-    return pd.Series(found, dtype=float, name='seconds').sort_index().rename_axis('bs')
+        listens = max(steps.sizes, default=bs) == bs
+        if not listens: break
+        if full := [t for t,size in list(zip(steps.seconds, steps.sizes))[1:] if size == bs]: found[bs] = median(full)
+    return pd.Series(found, dtype=float).sort_index()[::-1].cummin()[::-1].to_dict(),listens
 
-# %% ../nbs/06_steps.ipynb #7e56fdc1
+# %% ../nbs/06_steps.ipynb #55e427ec
 class StepTime:
     "Seconds per training step as a function of the batch size"
     def __init__(self,
-        seconds:pd.Series, # Seconds per step, indexed by batch size
+        seconds:dict, # Seconds per step by batch size
     ):
-        self.seconds = seconds.sort_index()
-        bs,t = self.seconds.index.to_numpy(float),self.seconds.to_numpy(float)
+        self.seconds = dict(sorted(seconds.items()))
+        bs,t = np.array(list(self.seconds), float),np.array(list(self.seconds.values()), float)
         self.overhead,self.cost = nnls(np.stack([1/t, bs/t], 1), np.ones(len(t)))[0]  # seconds; seconds per example
         self._off = np.log(t/self._line(bs))
         self._log_bs = np.log(bs)

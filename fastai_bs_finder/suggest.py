@@ -57,7 +57,7 @@ mk_class('BSSuggestion', **{f.__name__.capitalize():f for f in (critical, fastes
          doc="All suggestion functions as attributes, for tab-completion")
 _all_ = ['BSSuggestion']
 
-# %% ../nbs/02_suggest.ipynb #2860b281
+# %% ../nbs/02_suggest.ipynb #b51a5bf3
 def _more(stats):
     "How to learn more: a longer run, longer measurements within an epoch, or a longer average"
     a,ways = stats.attrs,[]
@@ -92,7 +92,7 @@ def _gain_in_words(stats, bs):
     open_end = mean_noise_scale(stats)[2] == math.inf
     if bs0/1.25 < bs < 1.25*bs0 or row.time > .95: return f"On this machine, no batch size should be much faster than bs={bs0}."
     at_most = 'at most ' if open_end and bs > bs0 else ''
-    sure = '' if at_most else f" ({_ratio(row.time_lo)}-{_ratio(row.time_hi)})"
+    sure = '' if at_most or row.time_lo == row.time_hi else f" ({_ratio(row.time_lo)}-{_ratio(row.time_hi)})"
     times = f"{_ratio(row.examples)} times the"
     return f"bs={bs} should reach the same loss in {at_most}{_ratio(row.time)} of the time of bs={bs0}{sure}, seeing {at_most}{times} examples: use lr≈{_lr(row.lr)}, about {times} epochs."
 
