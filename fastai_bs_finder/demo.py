@@ -42,7 +42,7 @@ def _parser():
     p.add_argument('--out', type=Path, default=Path('bs_find.png'), help='file for the picture')
     return p
 
-# %% ../nbs/09_demo.ipynb #ff5fec7d
+# %% ../nbs/09_demo.ipynb #4417a72a
 def main(
     argv:list|None=None, # Command-line arguments; `None`: those of the process
 ) -> int: # Exit code: 1 where no measurement could be completed
@@ -62,7 +62,8 @@ def main(
     print(sug)
     if not len(learn.recorder.bs_stats): return 1
     from matplotlib.figure import Figure
-    fig = Figure()
-    learn.recorder.plot_bs_find(ax=fig.add_subplot()).savefig(args.out, dpi=150, bbox_inches='tight')
+    fig = Figure(figsize=(11, 4.2), layout='constrained')
+    for ax,panel in zip(fig.subplots(1, 2), ('noise', 'gain')): learn.recorder.plot_bs_find(ax, panel)
+    fig.savefig(args.out, dpi=150, bbox_inches='tight')
     print(f'Picture: {args.out}')
     return 0

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BSFinder']
 
-# %% ../nbs/04_finder.ipynb #8294eda3
+# %% ../nbs/04_finder.ipynb #e35274d7
 import inspect, math, time, warnings
 from collections import namedtuple
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from numbers import Integral, Real
 import numpy as np, pandas as pd, torch
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
-from fastcore.basics import GetAttr, patch, tuplify
+from fastcore.basics import patch, tuplify
 from fastcore.foundation import L
 from fastai.callback import progress
 from fastai.callback.core import Callback, TrainEvalCallback, CancelBatchException, CancelFitException, CancelValidException
@@ -25,7 +25,7 @@ from fastai.learner import Learner
 from .geometry import HessianSums, OptMetric
 from .layers import layer_table
 from .noise import GradSums, Noise, NoiseAverage, NoiseMeter
-from .steps import len_or_none, mock_training, n_examples, n_train_examples, profile_steps
+from .steps import len_or_none, mock_training, n_examples, n_train_examples, profile_steps, Passes
 from .predict import bs_table
 from .suggest import bs_summary, critical, fastest
 
@@ -37,7 +37,7 @@ _biased = ("step_every_batch=True is for comparison only: while every batch step
 def _whole(name, x, least):
     if not isinstance(x, Integral) or isinstance(x, bool) or x < least: raise ValueError(f"{name}={x!r} is not a whole number of {least} or more")
 
-# %% ../nbs/04_finder.ipynb #e03ac8b9
+# %% ../nbs/04_finder.ipynb #d8526cbb
 class BSFinder(Callback):
     "Measures the gradient noise scale during training: `n_batch` batches at fixed weights, one step with their mean gradient, `n_train` ordinary steps, and again"
     order,run_valid = TrainEvalCallback.order-1,False
@@ -66,6 +66,7 @@ class BSFinder(Callback):
         self._meter,self._rows,self._lr,self._bs = NoiseMeter(self.beta),[],math.nan,0
         self._opt_average,self._full_average,self._hessian_sums,self.parts = NoiseAverage(self.beta),NoiseAverage(self.beta),None,[]
         self._spent,self._seen,self._steps,self._to_train,self._loss_sum = 0,0,0,0,0.
+        self._first_loss = torch.tensor(math.nan)
         self._measuring,self._batch_norm,self.stopped,self.diverged,self.missing,self.error = False,False,None,False,'',None
 
     def before_fit(self):
@@ -86,14 +87,15 @@ class BSFinder(Callback):
         if self.diverged: self._stop("the loss is not finite: lower lr")
 
     def after_loss(self):
+        if not self._spent: self._first_loss = self.learn.loss.detach().mean()
         if not len(self.yb): self._stop(error=ValueError("The training loader yields no target: a loss, and its gradient, need one. Give the loader targets, or set dls.n_inp"))
         if not n_examples(self.learn): self._stop(error=ValueError("The examples of a batch cannot be counted: neither its first target nor its first input is a tensor with the examples along its first axis"))
 
-# %% ../nbs/04_finder.ipynb #df6a29c1
+# %% ../nbs/04_finder.ipynb #c9ec4d9a
 @patch
 def before_train(self:BSFinder):
     self._drop_measurement()
-    if len_or_none(self.dl) is None: self.learn.dl = _Passes(self.dl, self.num_it, self._drop_measurement)
+    if len_or_none(self.dl) is None: self.learn.dl = Passes(self.dl, self.num_it, self._drop_measurement)
 
 @patch
 def _drop_measurement(self:BSFinder):
@@ -124,19 +126,6 @@ def _begin(self:BSFinder):
 @patch
 def _clear_grads(self:BSFinder):
     for p in self._params: p.grad = None
-
-# %% ../nbs/04_finder.ipynb #395cbd63
-class _Passes(GetAttr):
-    "Passes over `dl`, a loader without a length, as many as `n` batches take"
-    _default = 'dl'
-    def __init__(self, dl, n, before_pass): self.dl,self.n,self.before_pass = dl,n,before_pass
-    def __len__(self): return self.n
-    def __iter__(self):
-        b = self
-        while b is not None:
-            b = None
-            self.before_pass()
-            for b in self.dl: yield b
 
 # %% ../nbs/04_finder.ipynb #010e0186
 @patch
@@ -212,7 +201,7 @@ def before_backward(self:BSFinder):
     try: self._hessian_sums.add(self.learn.loss_grad, self._params, self._meter.sums)
     except RuntimeError as e: self._stop(error=ValueError(f"hessian=True needs second derivatives of the loss, and one is missing: {e}. Leave hessian at False"))
 
-# %% ../nbs/04_finder.ipynb #0b57c431
+# %% ../nbs/04_finder.ipynb #0a47d0ca
 @patch
 def after_step(self:BSFinder): self._steps += 1
 
@@ -235,7 +224,7 @@ def stats(self:BSFinder) -> pd.DataFrame: # A row per measurement, and in `attrs
     "The measurements so far"
     early = f"Stopped after {self._spent} of {self.num_it} batches: a callback, or the end of the data, ended the training." if self._spent < self.num_it else None
     res = pd.DataFrame(self._rows, columns=['batch', 'step', 'samples', 'loss', *_columns(self._meter), *_columns(self._meter, 'opt_'), *(_columns(self._meter, 'full_') if self.hessian else ())])
-    res.attrs.update(opt='adam' if self._metric.adaptive else 'sgd', bs=self._bs, lr=self._lr, num_it=self.num_it, n_batch=self.n_batch, beta=self.beta, n_train=self.n_train,
+    res.attrs.update(first_loss=float(self._first_loss), opt='adam' if self._metric.adaptive else 'sgd', bs=self._bs, lr=self._lr, num_it=self.num_it, n_batch=self.n_batch, beta=self.beta, n_train=self.n_train,
                      step_every_batch=self.step_every_batch, batch_norm=self._batch_norm, stopped=self.stopped or early, diverged=self.diverged, missing=self.missing)
     return res
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['rel_steps', 'rel_examples', 'scale_lr', 'noise_in_use', 'noiseless_mean', 'mean_noise_scale', 'sizes_between',
-           'bs_table', 'BSTable']
+           'bs_table']
 
 # %% ../nbs/08_predict.ipynb #0405c6ad
 import math
@@ -92,10 +92,10 @@ def sizes_between(
     "Round batch sizes"
     return sorted(c for e in range(int(math.log2(max(hi, 1))) + 1) for c in (2**e, 3*2**e) if lo <= c <= hi)
 
-# %% ../nbs/08_predict.ipynb #0d5c2707
+# %% ../nbs/08_predict.ipynb #58c1f48d
 def bs_table(
     stats:pd.DataFrame, # Measurements of a mock training: `learn.recorder.bs_stats`, with what is known of time and memory in `attrs`
-) -> pd.DataFrame|None: # A `BSTable`, indexed by batch size; `None` where the noise scale is not known at all
+) -> pd.DataFrame|None: # Indexed by batch size; `None` where the noise scale is not known at all
     "What each batch size would take, relative to the one in use"
     noise = mean_noise_scale(stats)
     if noise is None: return
@@ -108,7 +108,7 @@ def bs_table(
     def seconds(bs):
         if step_time is None: return math.nan
         return parts(bs)*float(step_time(bs/parts(bs)))
-    def lr(bs, B): return scale_lr(a.get('lr_given') or a['lr'], bs0, bs, B, a.get('opt', 'sgd'))
+    def lr(bs, B): return scale_lr(a['lr_given'] if a.get('lr_given') is not None else a['lr'], bs0, bs, B, a.get('opt', 'sgd'))
     def row(bs):
         res,k = {},parts(bs)
         for end,B in zip(('', '_lo', '_hi'), noise):
@@ -119,11 +119,11 @@ def bs_table(
         return res | dict(sec_per_epoch=seconds(bs)*n/bs if n else math.nan, fits='' if not a.get('max_bs') else 'yes' if k == 1 else f'accumulate {k}')
     cols = 'steps examples epochs time sec_per_epoch lr fits'.split()
     res = pd.DataFrame([row(bs) for bs in sizes], index=pd.Index(sizes, name='bs'))
-    res = BSTable(res[[*cols, *(c for c in res if c not in cols)]])
+    res = _BSTable(res[[*cols, *(c for c in res if c not in cols)]])
     res.attrs['bs'] = bs0
     return res
 
-# %% ../nbs/08_predict.ipynb #33cd33e8
+# %% ../nbs/08_predict.ipynb #478fcc54
 def _num(x): return f'{round(x, 2):.2g}' if abs(x) < 10 else f'{float(f"{x:.3g}"):,.0f}'
 
 def _ratio(x): return _num(x) if x >= 10 else f'{x:.1f}' if x >= 1 else f'{x:.2f}' if x >= .01 else 'less than 0.01'
@@ -132,10 +132,10 @@ def _lr(lr):
     if isinstance(lr, slice): return f"slice({', '.join(_lr(v) for v in (lr.start, lr.stop) if v is not None)})"
     return f'{lr:.2g}' if isinstance(lr, Real) else f"[{', '.join(map(_lr, lr))}]"
 
-class BSTable(pd.DataFrame):
+class _BSTable(pd.DataFrame):
     "A `DataFrame` that shows each figure with its interval"
     @property
-    def _constructor(self): return BSTable
+    def _constructor(self): return _BSTable
 
     def shown(self) -> pd.DataFrame: # Text, without the columns that end in _lo and _hi
         "The table as people read it"

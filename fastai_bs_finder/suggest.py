@@ -113,7 +113,7 @@ def _limit_in_words(stats):
     if most == n: return f"A larger batch would do, but the training set has only {n:,} examples."
     return f"A larger batch would do, but only about {most:,} examples fit in memory: accumulate the gradients of several."
 
-# %% ../nbs/02_suggest.ipynb #7232bc64
+# %% ../nbs/02_suggest.ipynb #33f79b35
 _small_bs = 32  # from here on the noise scale of a model with batch-norm changes little with the batch size
 
 def bs_summary(
@@ -124,8 +124,8 @@ def bs_summary(
     if stats.attrs.get('stopped'): res.insert(0, stats.attrs['stopped'])
     if stats.attrs.get('step_every_batch'): res.append("This is a biased number, for comparison only: every batch stepped.")
     elif stats.attrs.get('diverged'): pass
-    elif len(stats) and stats.loss.iloc[-1] - stats.loss.iloc[0] > abs(stats.loss.iloc[0]):
-        res.append(f"The training loss rose from {stats.loss.iloc[0]:.3g} to {stats.loss.iloc[-1]:.3g}: lower lr, the noise scale belongs to a training that works.")
+    elif len(stats) and stats.loss.iloc[-1] - (first := stats.attrs.get('first_loss', stats.loss.iloc[0])) > abs(first):
+        res.append(f"The training loss rose from {first:.3g} to {stats.loss.iloc[-1]:.3g}: lower lr, the noise scale belongs to a training that works.")
     elif bs := critical(stats):
         quickest = fastest(stats)
         res.append(_gain_in_words(stats, quickest) if quickest else _steps_in_words(stats, bs))

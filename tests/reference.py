@@ -22,12 +22,16 @@ def paper_estimate(grads, b):
 
 
 def mock_training(model, opt, loss_func, batches, n_batch, n_train):
-    "Measurements along a mock training, as `(noise, scale)` pairs, in a plain loop over the list `batches`"
+    "Measurements along a mock training, as `(noise, scale)` pairs, in a plain loop over the list `batches`; four rounds or more begin with training"
+    first = n_train if len(batches) >= 4*(n_batch + n_train) else 0
     res,batches = [],iter(batches)
     def backward(x, y):
         opt.zero_grad()
         loss_func(model(x), y).backward()
     try:
+        for _ in range(first):
+            backward(*next(batches))
+            opt.step()
         while True:
             stored,sizes = [],[]
             for _ in range(n_batch):

@@ -27,7 +27,7 @@ def recorder(*measured, bs=16, **suggested):
     "A recorder whose `bs_stats` hold `(noise_scale, lo, hi, raw_scale)`"
     rec = Recorder()
     rec.bs_stats = pd.DataFrame([dict(batch=10*i, noise=1., scale=1/ns, noise_scale=ns, lo=lo, hi=hi, raw_noise=1., raw_scale=raw) for i,(ns,lo,hi,raw) in enumerate(measured, 1)])
-    rec.bs_stats.attrs.update(bs=bs, suggested=suggested)
+    rec.bs_stats.attrs.update(bs=bs, lr=.1, suggested=suggested)
     return rec
 
 
