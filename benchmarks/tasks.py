@@ -74,7 +74,7 @@ _mnist,_cifar = partial(image_learner, URLs.MNIST, 'training', mlp), partial(ima
 tasks = {
     'MNIST, MLP, SGD': Task(partial(_mnist, SGD), (.2, .1), .2),
     'MNIST, MLP, Adam': Task(partial(_mnist, Adam), (.2, .1), 2e-3, 'adam'),
-    'ADULT, tabular_learner, Adam': Task(adult_learner, (.36, .345), 4e-3, 'adam'),
+    'ADULT, tabular_learner, Adam': Task(adult_learner, (.345, .338), 4e-3, 'adam'),
     'CIFAR-10 subset, ConvNet, SGD': Task(partial(_cifar, SGD), (1.5, 1.3), .1),
     'CIFAR-10 subset, ConvNet, Adam': Task(partial(_cifar, Adam), (1.5, 1.3), 2e-3, 'adam'),
 }

@@ -1,4 +1,4 @@
-"Real training to a target: steps and seconds at each batch size, with the best learning rate of a grid; results in training.csv"
+"Real training to a target: steps at each batch size, with the best learning rate of a grid; results in training.csv"
 import argparse, math, time
 from pathlib import Path
 
@@ -33,18 +33,18 @@ class ToTargets(Callback):
         if self.steps < self.next and self.steps < self.max_steps: return
         self.seconds += time.perf_counter() - self.start
         loss = self.training_loss()
-        while len(self.reached) < len(self.targets) and loss <= self.targets[len(self.reached)]: self.reached.append((self.steps, self.seconds))
+        while len(self.reached) < len(self.targets) and loss <= self.targets[len(self.reached)]: self.reached.append(self.steps)
         if len(self.reached) == len(self.targets) or self.steps >= self.max_steps or not loss < 20: raise CancelFitException
         self.next = self.steps + math.ceil(self.steps*.04)
         self.start = time.perf_counter()
 
 
 def train(task, bs, lr, seed, max_steps):
-    "A row per target: steps and seconds, inf where it was not reached in `max_steps`"
+    "A row per target: its steps, inf where it was not reached in `max_steps`"
     cb = ToTargets(task.targets, max_steps)
     task.make(bs, seed).fit(10**6, lr, cbs=cb)
-    reached = cb.reached + [(math.inf, math.inf)]*(len(task.targets) - len(cb.reached))
-    return [dict(bs=bs, lr=lr, seed=seed, target=t, steps=s, seconds=sec) for t,(s,sec) in zip(task.targets, reached)]
+    reached = cb.reached + [math.inf]*(len(task.targets) - len(cb.reached))
+    return [dict(bs=bs, lr=lr, seed=seed, target=t, steps=s) for t,s in zip(task.targets, reached)]
 
 
 def geomean(x): return math.exp(np.mean(np.log(x)))
@@ -72,10 +72,17 @@ def search(task, bs, lr, max_steps):
 
 
 def best_runs(runs):
-    "Steps and seconds with the best learning rate of each size, as geometric means over the seeds; a row per task, target and batch size"
+    "Steps with the best learning rate of each size, as geometric means over the seeds; indexed by task, target and batch size, inf where none reached the target"
     by = ['task', 'target', 'bs', 'lr']
-    means = runs.groupby(by, sort=False)[['steps', 'seconds']].agg(geomean).reset_index()
+    means = runs.groupby(by, sort=False).steps.agg(geomean).reset_index()
     return means.loc[means.groupby(by[:-1], sort=False).steps.idxmin()].set_index(by[:-1])
+
+
+def step_seconds(task, bs, lr, n=60):
+    "Mean seconds of a step of real training, evaluation left out"
+    cb = ToTargets((-math.inf,), n)
+    task.make(bs, 0).fit(10**6, lr, cbs=cb)
+    return cb.seconds/cb.steps
 
 
 def main():

@@ -291,7 +291,7 @@ def _profile(learn, stats, budget):
         if bs is None or bs in a['step_time']: break
         a['step_time'],_ = profile_steps(learn, [bs], end - time.perf_counter(), a['step_time'])
 
-# %% ../nbs/04_finder.ipynb #997f2b20
+# %% ../nbs/04_finder.ipynb #e1e735c0
 @patch
 def bs_find(self:Learner,
     lr:float|slice|list|None=None, # Learning rate of the mock training, as in `fit`; `None`: the learner's
@@ -310,6 +310,7 @@ def bs_find(self:Learner,
     lr,funcs = _check_lr(lr),tuplify(suggest_funcs)
     names,share = _names(funcs),_share(profile)
     _check_learner(self)
+    if hessian and any(isinstance(o, (MixedPrecision, NonNativeMixedPrecision)) for o in self.cbs): raise ValueError("hessian=True needs full precision: remove mixed precision for it, learn.to_fp32(), or leave hessian at False")
     n_epoch_it = _check_loader(self.dls.train, num_it)
     cb = BSFinder(n_epoch_it if num_it is None else num_it, n_batch, beta, n_train, step_every_batch, hessian=hessian)
     if n_epoch_it and n_batch > n_epoch_it:

@@ -9,15 +9,16 @@ __all__ = ['OptMetric', 'HessianSums']
 import math, numpy as np, torch
 from .noise import GradSums, Noise
 
-# %% ../nbs/05_geometry.ipynb #93f872cd
+# %% ../nbs/05_geometry.ipynb #bd20318e
 def _second_moment(state, hyper):
     "`v̂`'s state and its debiasing factor, by the names that fastai and PyTorch give them; `None` where the optimizer keeps none (yet)"
-    v = next((state[k] for k in ('max_exp_avg_sq', 'exp_avg_sq', 'sqr_avg', 'square_avg') if isinstance(state.get(k), torch.Tensor)), None)
-    if v is None: return
+    key = next((k for k in ('max_exp_avg_sq', 'exp_avg_sq', 'sqr_avg', 'square_avg') if isinstance(state.get(k), torch.Tensor)), None)
+    if key is None: return
     beta,step = hyper.get('sqr_mom'),float(state.get('step', 0))
-    return v,(1 - beta**step if isinstance(beta, float) and beta < 1 and step > 0 else 1.)
+    debiased = key != 'square_avg' and isinstance(beta, float) and beta < 1 and step > 0  # PyTorch's RMSprop does not debias
+    return state[key],1 - beta**step if debiased else 1.
 
-# %% ../nbs/05_geometry.ipynb #102fb985
+# %% ../nbs/05_geometry.ipynb #bb9ff716
 _piece = 2**20
 
 def _weighted_sq_norm(g, v, debias, eps):
@@ -27,8 +28,9 @@ def _weighted_sq_norm(g, v, debias, eps):
         g,v = g.values(),v[tuple(g.indices())]
     total = 0.
     for g,v in zip(g.reshape(-1).split(_piece), v.reshape(-1).split(_piece)):
-        w = (v.float()/debias).sqrt_().add_(eps)
-        total = total + (g.float().square()/w).masked_fill_(v == 0, 0.).sum(dtype=None if v.device.type == 'mps' else torch.float64)
+        dtype = torch.promote_types(v.dtype, torch.float32)
+        w = (v.to(dtype)/debias).sqrt_().add_(eps)
+        total = total + (g.to(dtype).square()/w).masked_fill_(v == 0, 0.).sum(dtype=None if v.device.type == 'mps' else torch.float64)
     return total
 
 # %% ../nbs/05_geometry.ipynb #073637a8

@@ -1,0 +1,113 @@
+"What bs_find at batch size 64 predicts for other batch sizes, against real training (training.csv): writes prediction.csv and prediction.md"
+import argparse, math, time
+
+import numpy as np, pandas as pd
+
+import fastai_bs_finder.finder
+from fastai_bs_finder.predict import noiseless_mean, rel_steps
+from common import machine
+from tasks import tasks
+from training import best_runs, bs0, geomean, here, seeds, step_seconds, train
+
+
+def found(task, lr, steps, seed, **kwargs):
+    "The learner after a mock training as long as the real one, and the seconds it took"
+    learn = task.make(bs0, seed)
+    start = time.perf_counter()
+    sug = learn.bs_find(lr, max(math.ceil(steps*20/11), 100), show_plot=False, **kwargs)
+    return learn,sug,time.perf_counter() - start
+
+
+def mean_of(stats, kind):
+    "The average of one of the three noise scales, over noiseless steps"
+    B = stats[f'{kind}noise_scale']
+    return noiseless_mean(B[B > 0], bs0)
+
+
+def off(predicted, measured):
+    "Errors as factors: their geometric mean, and the largest"
+    e = [abs(math.log(p/m)) for p,m in zip(predicted, measured)]
+    return math.exp(np.mean(e)),math.exp(max(e))
+
+
+def time_to_target(task, target, bs, lr, seconds):
+    "Steps to the target at `bs` with the best of three learning rates around the predicted one, times the seconds of a step"
+    i = task.targets.index(target)
+    return min(geomean([train(task, bs, lr*f, seed, 5000)[i]['steps'] for seed in seeds]) for f in (.5, 1, 2))*seconds
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__)
+    p.add_argument('--tasks', nargs='*', default=list(tasks), help='their names')
+    args = p.parse_args()
+    best = best_runs(pd.read_csv(here/'training.csv'))
+    rows,errors,costs,choices = [],[],[],[]
+    for name in args.tasks:
+        task,at = tasks[name],best.loc[name]
+        seconds = {bs: step_seconds(task, bs, at.loc[task.targets[-1], bs].lr) for bs in at.loc[task.targets[-1]].index}
+        for target in task.targets:
+            m = at.loc[target]
+            reached = [b for b in m.index if math.isfinite(m.steps[b])]
+            ratios,noise,fast = [],{k: [] for k in ('', 'opt_', 'full_')},[]
+            for seed in seeds:
+                learn,sug,spent = found(task, m.lr[bs0], m.steps[bs0], seed)
+                plain,_,without = found(task, m.lr[bs0], m.steps[bs0], seed, profile=False)
+                ratios.append(learn.recorder.bs_table)
+                fast.append(sug.fastest)
+                hessian,*_ = found(task, m.lr[bs0], m.steps[bs0], seed, hessian=True, profile=False)
+                for kind in noise: noise[kind].append(mean_of(hessian.recorder.bs_stats, kind))
+                a = learn.recorder.bs_stats.attrs
+                epoch = a['step_time'][bs0]*a['n']/bs0 if bs0 in a['step_time'] else math.nan
+                costs.append(dict(task=name, target=target, seed=seed, batches=a['num_it'], finder=spent/epoch, profile=(spent - without)/epoch, profile_of_finder=1 - without/spent))
+            others = [b for b in reached if b != bs0]
+            def predicted(q, b): return geomean([t.loc[b, q] for t in ratios])
+            for b in m.index:
+                ok = b in reached
+                rows.append(dict(task=name, target=target, bs=b, lr=m.lr[b] if ok else math.nan, steps=m.steps[b], steps_ratio=m.steps[b]/m.steps[bs0], predicted_steps=predicted('steps', b),
+                                 time_ratio=m.steps[b]*seconds[b]/(m.steps[bs0]*seconds[bs0]), predicted_time=predicted('time', b)))
+            r = pd.DataFrame(rows[-len(m):]).set_index('bs').loc[others]
+            e = dict(task=name, target=target)
+            e['steps, mean'],e['steps, largest'] = off(r.predicted_steps, r.steps_ratio)
+            e['time, mean'],e['time, largest'] = off(r.predicted_time, r.time_ratio)
+            for kind,label in ('', 'simple'), ('opt_', 'optimizer'), ('full_', 'Hessian'):
+                e[label] = off([rel_steps(b, bs0, geomean(noise[kind])) for b in others], r.steps_ratio)[0]
+            errors.append(e)
+            for f in sorted(set(fast)):
+                sec = seconds.get(f) or step_seconds(task, f, ratios[0].loc[f, 'lr'])
+                took = m.steps[f]*sec if f in reached else time_to_target(task, target, f, ratios[0].loc[f, 'lr'], sec)
+                all_ = {b: m.steps[b]*seconds[b] for b in reached}
+                b = min(all_, key=all_.get)
+                choices.append(dict(task=name, target=target, fastest=f, seconds=took, best_measured=b, best_seconds=all_[b], ratio=took/all_[b]))
+            print(e, choices[-1], flush=True)
+    rows,errors,costs,choices = map(pd.DataFrame, (rows, errors, costs, choices))
+    rows.to_csv(here/'prediction.csv', index=False, float_format='%.4g')
+    def md(df): return df.to_markdown(index=False, floatfmt='.3g')
+    (here/'prediction.md').write_text(f"""# Predicted and measured
+
+{machine()}. Made by `benchmarks/prediction.py` from the real trainings in `training.csv` (`benchmarks/training.py`): at each batch size the best of a grid of learning rates by factors of 2, {len(seeds)} seeds,
+steps until the training loss on 2,000 fixed training examples is at the target. Times are those steps times the mean seconds of a step in real training. Predictions are what `bs_find` says at bs={bs0}, with the best learning rate there and a mock
+training as long as the real one.
+
+## Relative to bs={bs0}
+
+{md(rows)}
+
+## Errors, as factors
+
+Over the batch sizes other than {bs0}. The last three columns: the mean error in steps with each of the three noise scales.
+
+{md(errors)}
+
+## The fastest batch size
+
+{md(choices)}
+
+## What finding it costs
+
+Shares of one epoch at bs={bs0}: the finder in all, its profile, and the profile's part of the finder.
+
+{md(costs)}
+""")
+
+
+if __name__ == '__main__': main()
