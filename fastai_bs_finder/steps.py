@@ -39,7 +39,7 @@ def mock_training(
         if not learn.opt: learn.create_opt()
         with learn.no_logging(): yield
 
-# %% ../nbs/06_steps.ipynb #9df63b9c
+# %% ../nbs/06_steps.ipynb #2d69c3db
 def len_or_none(
     o, # Anything
 ) -> int|None: # Its length; `None` where it has none
@@ -58,6 +58,7 @@ def n_train_examples(
 ) -> int|None: # Size of its training set, in the unit that batches are counted in; `None` where it is not known
     "Count the examples of the training set"
     dl = learn.dls.train
+    if getattr(dl, 'prebatched', False) or getattr(dl, 'batch_sampler', dl) is None: return None  # its items are batches
     n = getattr(dl, 'n', None)
     return n if n is not None else len_or_none(getattr(dl, 'dataset', None))
 

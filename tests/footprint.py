@@ -66,7 +66,7 @@ def changes(was, now, path='learn'):
 
 def forget(learn):
     "Take the result of `bs_find` off the recorder"
-    if hasattr(learn.recorder, 'bs_stats'): del learn.recorder.bs_stats
+    for name in ('bs_stats', 'bs_table', 'bs_layers'): vars(learn.recorder).pop(name, None)
 
 
 def trained(learn):

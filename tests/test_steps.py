@@ -1,0 +1,143 @@
+"Training steps at other batch sizes: their time by a clock that the test turns, and what remains of them"
+import math
+
+import pytest, torch
+from torch.utils import data as torch_data
+from fastai.basics import Callback
+
+import fastai_bs_finder.steps as steps_module
+from fastai_bs_finder.all import *
+from fastai_bs_finder.demo import digits_learner
+from fastai_bs_finder.steps import StepTime, mock_training, profile_steps, rebatch, run_steps
+from footprint import assert_no_footprint, changes, state
+from learners import maker
+
+
+class Clock:
+    "`time.perf_counter`, that only moves when it is told to"
+    now = 0.
+    def perf_counter(self): return Clock.now
+
+
+class Takes(Callback):
+    "Turns the clock by `overhead` and `cost` per example at every batch, and notes the sizes in `log`"
+    def __init__(self, overhead, cost, log=None): self.overhead,self.cost,self.log = overhead,cost,(log if log is not None else []).append
+    def after_pred(self):
+        Clock.now += self.overhead + self.cost*len(self.yb[0])
+        self.log(len(self.yb[0]))
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    Clock.now = 0.
+    monkeypatch.setattr(steps_module, 'time', Clock())
+    import fastai_bs_finder.finder as finder
+    monkeypatch.setattr(finder, 'time', Clock())
+
+
+def quiet(learn, *args, **kwargs):
+    with learn.no_bar(), learn.no_logging(): return learn.bs_find(*args, show_plot=False, **kwargs)
+
+
+def test_the_profile_measures_what_steps_take(clock):
+    learn = digits_learner(cbs=Takes(.01, .001))
+    with mock_training(learn): seconds,listens = profile_steps(learn, [16, 64, 4, 256], 100.)
+    assert listens and seconds == pytest.approx({b: .01 + .001*b for b in (4, 16, 64, 256)})
+    t = StepTime(seconds)
+    assert (t.overhead, t.cost, t(1000), t.half_throughput) == pytest.approx((.01, .001, 1.01, 10))
+
+
+def test_a_busy_machine_does_not_make_small_batches_slower_than_large_ones(clock):
+    class Busy(Callback):
+        def after_pred(self): Clock.now += .1*(len(self.yb[0]) == 16)
+    learn = digits_learner(cbs=[Takes(.01, .001), Busy])
+    with mock_training(learn): seconds,_ = profile_steps(learn, [16, 64], 100.)
+    assert seconds == pytest.approx({16: .074, 64: .074})
+
+
+@pytest.mark.parametrize('share', [.2, .05, 1.])
+def test_the_share_of_the_time_is_kept(clock, share):
+    log,learn = [],digits_learner(cbs=Takes(.01, 1e-4))
+    learn.cbs[-1].log = log.append
+    quiet(learn, .1, 400, profile=share)
+    measuring = sum(.01 + 1e-4*b for b in log[:400])
+    profile = Clock.now - measuring
+    assert .25*share*measuring < profile <= share*measuring + (.01 + 1e-4*512)
+    assert fastest(learn.recorder.bs_stats) in learn.recorder.bs_stats.attrs['step_time']   # the answer itself was timed
+
+
+def test_profile_false_takes_no_step_more(clock):
+    log,learn = [],digits_learner()
+    learn.add_cb(Takes(.01, 1e-4, log))
+    sug = quiet(learn, .1, 200, profile=False)
+    assert len(log) == 200 and sug.fastest is None and learn.recorder.bs_table.time.isna().all()
+    assert 'step_time' not in learn.recorder.bs_stats.attrs and learn.recorder.bs_stats.attrs.get('profile_note') is None
+
+
+def test_a_run_too_short_says_so(clock):
+    learn = digits_learner(cbs=Takes(.01, 1e-4))
+    assert quiet(learn, .1, 20).fastest is None
+    assert 'the run is too short to try them' in bs_summary(learn.recorder.bs_stats)
+
+
+@pytest.mark.parametrize('profile', ['yes', -1, math.nan, math.inf, None])
+def test_bad_shares(profile):
+    with pytest.raises(ValueError, match=r'profile=.* is not True, False or a share'): quiet(digits_learner(), .1, 40, profile=profile)
+
+
+class Stubborn(torch_data.Dataset):
+    def __init__(self, batches): self.batches = batches
+    def __len__(self): return len(self.batches)
+    def __getitem__(self, i): return self.batches[i]
+
+
+def test_a_loader_that_does_not_listen_is_said():
+    learn = digits_learner(bs=50)
+    batches = list(learn.dls.train)
+    learn.dls.loaders[0] = torch_data.DataLoader(Stubborn(batches), batch_size=None, shuffle=True)
+    learn.dls.loaders[0].n_inp = 1
+    assert quiet(learn, .1, 120, n_batch=5).critical and learn.recorder.bs_stats.attrs['bs'] == 50
+    assert 'the training loader does not take another batch size' in bs_summary(learn.recorder.bs_stats)
+
+
+@pytest.mark.parametrize('name', ['text: language_model_learner', 'text: text_classifier_learner', 'tabular: TabularDataLoaders, embeddings', 'plain PyTorch: model and loaders', 'a stream without a length, fastai loader'])
+def test_other_batch_sizes_of_every_loader(name, fastai_data):
+    learn = maker(name, fastai_data)[0]()
+    before,bs = state(learn),8
+    with mock_training(learn): sizes = run_steps(learn, bs//2, lambda seconds: len(seconds) == 3).sizes + run_steps(learn, bs*2, lambda seconds: len(seconds) == 3).sizes
+    assert sizes == [bs//2]*3 + [bs*2]*3
+    assert changes(before, state(learn)) == []
+
+
+class OutOfMemory(Callback):
+    def __init__(self, most): self.most = most
+    def before_batch(self):
+        if len(self.yb[0]) > self.most: raise torch.OutOfMemoryError(f"no memory for {len(self.yb[0])} examples")
+
+
+def test_out_of_memory_in_the_profile_is_no_accident():
+    def find(learn): return quiet(learn, .1, 300, profile=1.)
+    make = lambda: digits_learner(cbs=OutOfMemory(40))
+    assert_no_footprint(make, find, lambda learn: learn.fit(1, .1))
+    learn = make()
+    assert find(learn).critical and max(learn.recorder.bs_stats.attrs['step_time']) <= 40
+
+
+class Fails(Callback):
+    def before_batch(self):
+        if len(self.yb[0]) > 16: raise KeyboardInterrupt
+
+
+def test_an_interrupt_in_the_profile_leaves_nothing():
+    learn = digits_learner(cbs=Fails)
+    before = state(learn)
+    with pytest.raises(KeyboardInterrupt): quiet(learn, .1, 300, profile=1.)
+    assert changes(before, state(learn)) == [] and learn.dls.train.bs == 16 and not hasattr(learn.recorder, 'bs_stats')
+
+
+def test_step_time_between_and_beyond():
+    t = StepTime({64: 1., 16: 1., 256: 1.})
+    assert t(1) == t(100) == t(10_000) == pytest.approx(1.) and t.half_throughput == math.inf
+    t = StepTime({16: .5, 64: 2.})
+    assert t(32) == pytest.approx(1.) and t(640) == pytest.approx(20.)
+    assert StepTime({16: .5})(16) == pytest.approx(.5)
