@@ -4,3 +4,4 @@ from .snapshot import *
 from .suggest import *
 from .plot import *
 from .finder import *
+from .memory import *

@@ -14,7 +14,6 @@ from numbers import Integral, Real
 
 import pandas as pd, torch
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.parameter import is_lazy
 from fastcore.basics import GetAttr, patch, tuplify
 from fastcore.foundation import L
 from fastai.callback import progress
@@ -26,6 +25,7 @@ from fastai.learner import Learner
 from fastai.torch_core import find_bs, item_find
 from .noise import GradSums, NoiseMeter
 from .snapshot import no_footprint
+from .steps import _check_empty, _check_model
 from .suggest import bs_summary, critical
 import fastai_bs_finder.plot
 
@@ -226,16 +226,12 @@ def _check_loader(dl, num_it):
     "Number of batches in an epoch; `None` for a loader without a length"
     n = _len(dl)
     if n is None and num_it is None: raise ValueError("num_it=None stands for one epoch, but the training loader has no length: give num_it, the number of batches to spend")
-    if n == 0: raise ValueError(f"The training loader is empty: {len(getattr(dl, 'dataset', []))} examples make no batch of bs={getattr(dl, 'bs', None)} "
-                               f"with drop_last={getattr(dl, 'drop_last', None)}. Lower bs, or set drop_last=False")
+    _check_empty(dl)
     return n
 
 def _check_learner(learn):
     if not hasattr(learn, 'recorder'): raise ValueError("The learner has no Recorder to put the result in: add fastai's default callback, learn.add_cb(Recorder())")
-    if any(is_lazy(t) for t in (*learn.model.parameters(), *learn.model.buffers())): raise ValueError("The model has lazy layers that have not seen a batch yet: run one through it, learn.model(learn.dls.one_batch()[0])")
-    if not callable(learn.loss_func): raise ValueError(f"The learner's loss_func is {learn.loss_func!r}: set learn.loss_func to the loss to train with")
-    if not any(p.requires_grad for p in learn.model.parameters()):
-        raise ValueError("The model has no trainable parameters: there is no gradient to measure. Unfreeze it (learn.unfreeze()), or set requires_grad on the parameters to train")
+    _check_model(learn)
 
 # %% ../nbs/04_finder.ipynb #c5b9d999
 def _check_opt(opt, lr):

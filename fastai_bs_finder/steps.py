@@ -14,8 +14,9 @@ from statistics import median
 
 import numpy as np, pandas as pd, torch
 from scipy.optimize import nnls
+from torch.nn.parameter import is_lazy
 from torch.utils import data as torch_data
-from fastcore.basics import store_attr
+from fastcore.basics import GetAttr
 from fastcore.foundation import L
 from fastai.callback import progress
 from fastai.callback.core import Callback, CancelFitException, CancelValidException
@@ -60,6 +61,17 @@ def n_train_examples(
     n = getattr(dl, 'n', None)
     return n if n is not None else len_or_none(getattr(dl, 'dataset', None))
 
+# %% ../nbs/06_steps.ipynb #6f3da1b2
+def _check_model(learn):
+    if any(is_lazy(t) for t in (*learn.model.parameters(), *learn.model.buffers())): raise ValueError("The model has lazy layers that have not seen a batch yet: run one through it, learn.model(learn.dls.one_batch()[0])")
+    if not callable(learn.loss_func): raise ValueError(f"The learner's loss_func is {learn.loss_func!r}: set learn.loss_func to the loss to train with")
+    if not any(p.requires_grad for p in learn.model.parameters()):
+        raise ValueError("The model has no trainable parameters: there is no gradient to measure. Unfreeze it (learn.unfreeze()), or set requires_grad on the parameters to train")
+
+def _check_empty(dl):
+    if len_or_none(dl) == 0: raise ValueError(f"The training loader is empty: {len(getattr(dl, 'dataset', []))} examples make no batch of bs={getattr(dl, 'bs', None)} "
+                                              f"with drop_last={getattr(dl, 'drop_last', None)}. Lower bs, or set drop_last=False")
+
 # %% ../nbs/06_steps.ipynb #8e372e63
 def rebatch(
     dl, # A fastai or PyTorch data loader; it may be changed
@@ -80,6 +92,13 @@ def _synchronize(device):
     if device.type == 'cuda': torch.cuda.synchronize(device)
     elif device.type == 'mps': torch.mps.synchronize()
 
+class _Unending(GetAttr):
+    "Lets `fit` pass over a loader without a length"
+    _default = 'dl'
+    def __init__(self, dl): self.dl = dl
+    def __len__(self): return 10**9
+    def __iter__(self): return iter(self.dl)
+
 class TimedSteps(Callback):
     "Ends the training when there are enough steps; notes the seconds and the number of examples of each"
     order,run_valid = 100,False
@@ -87,8 +106,12 @@ class TimedSteps(Callback):
         enough:Callable, # Called with the seconds of all steps so far
     ): self.enough = enough
     def before_fit(self): self.seconds,self.sizes = [],[]
-    def before_train(self): self.start = time.perf_counter()
+    def before_train(self):
+        self.start,self.before = time.perf_counter(),len(self.seconds)
+        if len_or_none(self.dl) is None: self.learn.dl = _Unending(self.dl)
     def before_validate(self): raise CancelValidException
+    def after_train(self):
+        if len(self.seconds) == self.before: raise CancelFitException  # without batches it would go on for ever
     def after_batch(self):
         _synchronize(self.learn.loss.device)
         now = time.perf_counter()
