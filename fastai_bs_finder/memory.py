@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Memory', 'estimate_memory']
 
-# %% ../nbs/07_memory.ipynb #1486ed10
+# %% ../nbs/07_memory.ipynb #8e120a2d
 import gc, math, sys, weakref
 from contextlib import nullcontext
 from numbers import Real
@@ -19,7 +19,7 @@ from fastai.callback.core import Callback
 from fastai.learner import Learner
 from .steps import _check_empty, _check_model, mock_training, n_train_examples, run_steps
 
-# %% ../nbs/07_memory.ipynb #bfa7252f
+# %% ../nbs/07_memory.ipynb #5793aee6
 def _readable(
     n, # Number of bytes
 ):
@@ -54,7 +54,7 @@ class Memory(NamedTuple):
 
     def __repr__(self): return f'Memory({_readable(self.fixed)} + {_readable(self.per_example)} per example, of {_readable(self.available)} available)'
 
-# %% ../nbs/07_memory.ipynb #e1aabcfb
+# %% ../nbs/07_memory.ipynb #f941e75d
 class _StepBytes(Callback):
     "Measures the memory of training steps: `points` is bytes by batch size"
     order,run_valid = -50,False
@@ -86,7 +86,7 @@ class _StepBytes(Callback):
         if per_example <= 0: per_example = most/bs
         return Memory(most - per_example*bs, per_example, self.available)
 
-# %% ../nbs/07_memory.ipynb #0d88ce15
+# %% ../nbs/07_memory.ipynb #08ed3242
 class _CudaBytes(_StepBytes):
     "The peak that PyTorch notes on a GPU"
     counting = nullcontext()
@@ -101,7 +101,7 @@ class _CudaBytes(_StepBytes):
     @property
     def available(self): return torch.cuda.mem_get_info(self.device)[0] + torch.cuda.memory_reserved(self.device)
 
-# %% ../nbs/07_memory.ipynb #242fa986
+# %% ../nbs/07_memory.ipynb #bf837681
 def _storages(o):
     "The storages of all tensors in nested containers"
     if isinstance(o, dict): o = list(o.values())
@@ -120,20 +120,21 @@ class _Allocations(TorchDispatchMode):
         kwargs = kwargs or {}
         old = {s.data_ptr() for s in _storages([args, kwargs])}
         res = func(*args, **kwargs)
+        before = self.now
         for s in _storages(res):
             key,n = s.data_ptr(),s.nbytes()
             if not key or key in old or key in self.live: continue
             self.live.add(key)
             self.now += n
-            self.peak = max(self.peak, self.now)
             weakref.finalize(s, self._drop, key, n)
+        self.peak = max(self.peak, 2*self.now - before)
         return res
 
     def _drop(self, key, n):
         self.live.discard(key)
         self.now -= n
 
-# %% ../nbs/07_memory.ipynb #9042dcb0
+# %% ../nbs/07_memory.ipynb #e91dc1cd
 class _HostBytes(_StepBytes):
     "The peak of what a step allocates on the CPU: batch, activations, gradients, and new state of the optimizer"
     def __init__(self, device):
@@ -144,7 +145,7 @@ class _HostBytes(_StepBytes):
     def peak(self): return self.counting.peak
     def empty_cache(self): pass
 
-# %% ../nbs/07_memory.ipynb #0dd6f824
+# %% ../nbs/07_memory.ipynb #f0056650
 def _host_available(root=Path('/sys/fs/cgroup')):
     "Bytes that this process can still take on the CPU"
     res = psutil.virtual_memory().available
@@ -155,7 +156,7 @@ def _host_available(root=Path('/sys/fs/cgroup')):
         except (OSError, ValueError, KeyError): pass  # not there, or without a limit
     return max(res, 0)
 
-# %% ../nbs/07_memory.ipynb #04e8baeb
+# %% ../nbs/07_memory.ipynb #6700513d
 def _probe_sizes(bs, most):
     small = 1 if bs == 1 else max(bs//4, 2)
     return sorted({min(small, most), min(max(bs, 2*small), most)})
@@ -191,19 +192,18 @@ def estimate_memory(
     "Estimate the memory of a training step from two small probes. Raises `torch.OutOfMemoryError` where not even they fit"
     return _estimate(learn, _meter(learn), bs)
 
-# %% ../nbs/07_memory.ipynb #320d51d7
+# %% ../nbs/07_memory.ipynb #cacdbf58
 _tries,_growth = 12,8
 
 def _climb(learn, meter, margin, most):
     "The largest batch size that a real step shows to fit"
     for _ in range(_tries):
-        best,wanted = max(meter.points),min(meter.memory.max_bs(margin), most)
-        bs = min(wanted, _growth*best)
-        if bs <= best: return bs
+        best = max(meter.points)
+        bs = min(meter.memory.max_bs(margin), most, _growth*best)
+        if bs < 1.05*best: return min(bs, best)
         size,n = meter.measure(learn, bs)
         if n == math.inf: most = bs*4//5
         elif size < bs: most = size
-        elif bs == wanted and n <= margin*meter.available: return bs
     return max(meter.points)
 
 @patch
