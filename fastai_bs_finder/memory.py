@@ -58,7 +58,7 @@ class Memory(NamedTuple):
 class _StepBytes(Callback):
     "Measures the memory of training steps: `points` is bytes by batch size"
     order,run_valid = -50,False
-    def __init__(self): self.points = {}
+    def __init__(self): self.points,self.failed = {},math.inf
     def before_train(self): self.reset()
     def after_backward(self): self.high = max(self.high, self.peak())
     def after_batch(self): self.reset()
@@ -73,6 +73,7 @@ class _StepBytes(Callback):
             learn._end_cleanup()
             gc.collect()
             self.empty_cache()
+            self.failed = min(self.failed, bs)
             return bs,math.inf
         size = max(steps.sizes, default=0)
         if size and self.high: self.points[size] = self.high
@@ -200,10 +201,10 @@ def _climb(learn, meter, margin, most):
     for _ in range(_tries):
         best = max(meter.points)
         bs = min(meter.memory.max_bs(margin), most, _growth*best)
+        if meter.failed < math.inf: bs = min(bs, (best + meter.failed)//2)
         if bs < 1.05*best: return min(bs, best)
-        size,n = meter.measure(learn, bs)
-        if n == math.inf: most = bs*4//5
-        elif size < bs: most = size
+        size,_ = meter.measure(learn, bs)
+        if size < bs: most = size
     return max(meter.points)
 
 @patch

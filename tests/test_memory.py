@@ -136,8 +136,10 @@ def quiet(learn, f):
 
 @pytest.mark.parametrize('most', [3, 20, 70, 300])
 def test_out_of_memory(most):
-    res = quiet(learner(Full(mlp(), most, []), bs=64), lambda learn: learn.max_bs(check=True))
-    assert .6*most <= res <= most
+    tried = []
+    res = quiet(learner(Full(mlp(), most, tried), bs=64), lambda learn: learn.max_bs(check=True))
+    failed = [b for b in tried if b > most]
+    assert .6*most <= res <= most and len(failed) == len(set(failed)) <= 6
 
 
 def test_nothing_fits():
@@ -193,10 +195,12 @@ def test_on_a_gpu_the_limit_is_found_without_running_into_it(gpu, bs, reserved):
 @pytest.mark.parametrize('peak', [lambda b: 50_000 + 8*b**2, lambda b: 50_000 + 1_000*b + 400_000*(b > 100), lambda b: max(200_000, 2_500*b), lambda b: 50_000 + 30_000*b**.5], ids=['square', 'jump', 'kink', 'root'])
 @pytest.mark.parametrize('bs', [4, 16, 64])
 def test_on_a_gpu_whose_memory_is_no_line(gpu, peak, bs):
-    model,failed = gpu(10**6, peak)
+    tried = []
+    model,failed = gpu(10**6, lambda b: tried.append(b) or peak(b))
     most = max(b for b in range(1, 481) if peak(b) <= .9*10**6)
     res = quiet(learner(model, bs=bs), lambda learn: learn.max_bs())
     assert .6*most <= res and peak(res) <= 10**6 and len(failed) <= 6
+    assert all(b <= 8*a for a,b in zip(tried, tried[1:]))
 
 
 def test_on_a_gpu_an_in_use_size_that_does_not_fit(gpu):
