@@ -174,15 +174,16 @@ def _estimate(learn, meter, bs):
     if not bs: return
     while not meter.points:
         for b in _probe_sizes(bs, most):
+            if b >= meter.failed: break
             size,n = meter.measure(learn, b)
             if n == math.inf: break
             if size != b or not n: return
         if not meter.points and b <= 2: raise torch.OutOfMemoryError(f"A training step does not fit into memory, not even with a batch of {b}: free memory, or train a smaller model")
         bs = max(bs//4, 1)
     best = max(meter.points)
-    while best < most and meter.memory.per_example*best < meter.available/1000:
+    while best < most and meter.failed == math.inf and meter.memory.per_example*best < meter.available/1000:
         meter.measure(learn, min(4*best, most))
-        if max(meter.points) == best: break  # out of memory, or there are no more examples
+        if max(meter.points) == best: break  # there are no more examples, or not so much memory
         best = max(meter.points)
     return meter.memory
 
