@@ -2,6 +2,7 @@
 from .noise import *
 from .geometry import *
 from .snapshot import *
+from .memory import *
 from .predict import *
 from .suggest import *
 from .plot import *

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BSFinder']
 
-# %% ../nbs/04_finder.ipynb #e35274d7
+# %% ../nbs/04_finder.ipynb #5e37ad2d
 import inspect, math, time, warnings
 from collections import namedtuple
 from collections.abc import Callable
@@ -14,7 +14,6 @@ from numbers import Integral, Real
 
 import numpy as np, pandas as pd, torch
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.parameter import is_lazy
 from fastcore.basics import patch, tuplify
 from fastcore.foundation import L
 from fastai.callback import progress
@@ -24,8 +23,9 @@ from fastai.imports import noop
 from fastai.learner import Learner
 from .geometry import HessianSums, OptMetric
 from .layers import layer_table
+from .memory import estimate_memory
 from .noise import GradSums, Noise, NoiseAverage, NoiseMeter
-from .steps import len_or_none, mock_training, n_examples, n_train_examples, profile_steps, Passes
+from .steps import len_or_none, mock_training, n_examples, n_train_examples, profile_steps, Passes, _check_empty, _check_model
 from .predict import bs_table
 from .suggest import bs_summary, critical, fastest
 
@@ -228,7 +228,7 @@ def stats(self:BSFinder) -> pd.DataFrame: # A row per measurement, and in `attrs
                      step_every_batch=self.step_every_batch, batch_norm=self._batch_norm, stopped=self.stopped or early, diverged=self.diverged, missing=self.missing)
     return res
 
-# %% ../nbs/04_finder.ipynb #a31fab4a
+# %% ../nbs/04_finder.ipynb #d59558ee
 def _check_lr(lr):
     "`lr` as `fit` takes it"
     if lr is None: return
@@ -242,16 +242,12 @@ def _check_loader(dl, num_it):
     "Number of batches in an epoch; `None` for a loader without a length"
     n = len_or_none(dl)
     if n is None and num_it is None: raise ValueError("num_it=None stands for one epoch, but the training loader has no length: give num_it, the number of batches to spend")
-    if n == 0: raise ValueError(f"The training loader is empty: {len(getattr(dl, 'dataset', []))} examples make no batch of bs={getattr(dl, 'bs', None)} "
-                               f"with drop_last={getattr(dl, 'drop_last', None)}. Lower bs, or set drop_last=False")
+    _check_empty(dl)
     return n
 
 def _check_learner(learn):
     if not hasattr(learn, 'recorder'): raise ValueError("The learner has no Recorder to put the result in: add fastai's default callback, learn.add_cb(Recorder())")
-    if any(is_lazy(t) for t in (*learn.model.parameters(), *learn.model.buffers())): raise ValueError("The model has lazy layers that have not seen a batch yet: run one through it, learn.model(learn.dls.one_batch()[0])")
-    if not callable(learn.loss_func): raise ValueError(f"The learner's loss_func is {learn.loss_func!r}: set learn.loss_func to the loss to train with")
-    if not any(p.requires_grad for p in learn.model.parameters()):
-        raise ValueError("The model has no trainable parameters: there is no gradient to measure. Unfreeze it (learn.unfreeze()), or set requires_grad on the parameters to train")
+    _check_model(learn)
 
 # %% ../nbs/04_finder.ipynb #c5b9d999
 def _check_opt(opt, lr):
@@ -278,11 +274,15 @@ def _share(profile):
     if not isinstance(profile, Real) or not 0 <= profile < math.inf: raise ValueError(f"profile={profile!r} is not True, False or a share of the time of 0 or more, such as 0.2")
     return float(profile)
 
-# %% ../nbs/04_finder.ipynb #ca651307
+# %% ../nbs/04_finder.ipynb #d13519d9
 def _profile(learn, stats, budget):
     "What is known of time and memory, into the `attrs` of `stats`"
     a,end = stats.attrs,time.perf_counter() + budget
-    a['step_time'],listens = profile_steps(learn, [b for b in (a['bs'], 4*a['bs']) if b <= (a['n'] or math.inf)], budget/2)
+    try: memory = estimate_memory(learn, a['bs'], budget/2)
+    except torch.OutOfMemoryError: memory = None
+    if memory: a['max_bs'] = memory.max_bs()
+    most = min(a['n'] or math.inf, a.get('max_bs') or math.inf)
+    a['step_time'],listens = profile_steps(learn, [b for b in (a['bs'], 4*a['bs']) if b <= most], (end - time.perf_counter())/2)
     if len(a['step_time']) < 2:
         why = "the run is too short to try them: raise num_it, or profile" if listens else "the training loader does not take another batch size"
         a['profile_note'] = f"How fast other batch sizes are on this machine is not known, {why}."

@@ -6,7 +6,7 @@
 __all__ = ['mock_training', 'len_or_none', 'n_examples', 'n_train_examples', 'Passes', 'rebatch', 'TimedSteps', 'run_steps',
            'profile_steps', 'StepTime']
 
-# %% ../nbs/06_steps.ipynb #46b0d711
+# %% ../nbs/06_steps.ipynb #04574dc7
 import math, sys, time
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
@@ -14,6 +14,7 @@ from statistics import median
 
 import numpy as np, pandas as pd, torch
 from scipy.optimize import nnls
+from torch.nn.parameter import is_lazy
 from torch.utils import data as torch_data
 from fastcore.basics import GetAttr
 from fastcore.imports import noop
@@ -38,6 +39,17 @@ def mock_training(
         learn.lr_finder = True
         if not learn.opt: learn.create_opt()
         with learn.no_logging(): yield
+
+# %% ../nbs/06_steps.ipynb #58323129
+def _check_model(learn):
+    if any(is_lazy(t) for t in (*learn.model.parameters(), *learn.model.buffers())): raise ValueError("The model has lazy layers that have not seen a batch yet: run one through it, learn.model(learn.dls.one_batch()[0])")
+    if not callable(learn.loss_func): raise ValueError(f"The learner's loss_func is {learn.loss_func!r}: set learn.loss_func to the loss to train with")
+    if not any(p.requires_grad for p in learn.model.parameters()):
+        raise ValueError("The model has no trainable parameters: there is no gradient to measure. Unfreeze it (learn.unfreeze()), or set requires_grad on the parameters to train")
+
+def _check_empty(dl):
+    if len_or_none(dl) == 0: raise ValueError(f"The training loader is empty: {len(getattr(dl, 'dataset', []))} examples make no batch of bs={getattr(dl, 'bs', None)} "
+                                              f"with drop_last={getattr(dl, 'drop_last', None)}. Lower bs, or set drop_last=False")
 
 # %% ../nbs/06_steps.ipynb #2d69c3db
 def len_or_none(
@@ -94,7 +106,7 @@ def rebatch(
     else: dl.bs = bs
     return dl
 
-# %% ../nbs/06_steps.ipynb #32b30e9f
+# %% ../nbs/06_steps.ipynb #d9a13c13
 def _synchronize(device):
     if device.type == 'cuda': torch.cuda.synchronize(device)
     elif device.type == 'mps': torch.mps.synchronize()
@@ -108,7 +120,9 @@ class TimedSteps(Callback):
     def before_fit(self): self.seconds,self.sizes = [],[]
     def before_train(self):
         if len_or_none(self.dl) is None: self.learn.dl = Passes(self.dl, 10**9)
-        self.start = time.perf_counter()
+        self.start,self.before = time.perf_counter(),len(self.seconds)
+    def after_train(self):
+        if len(self.seconds) == self.before: raise CancelFitException  # without batches it would go on for ever
     def before_validate(self): raise CancelValidException
     def after_batch(self):
         _synchronize(self.learn.loss.device)
