@@ -5,7 +5,7 @@ import pytest, torch
 from torch.utils import data as torch_data
 from fastai.basics import Callback
 
-import fastai_bs_finder.steps as steps_module
+import fastai_bs_finder.finder as finder, fastai_bs_finder.memory as memory, fastai_bs_finder.steps as steps_module
 from fastai_bs_finder.all import *
 from fastai_bs_finder.demo import digits_learner
 from fastai_bs_finder.steps import StepTime, mock_training, profile_steps, rebatch, run_steps
@@ -31,8 +31,7 @@ class Takes(Callback):
 def clock(monkeypatch):
     Clock.now = 0.
     monkeypatch.setattr(steps_module, 'time', Clock())
-    import fastai_bs_finder.finder as finder
-    monkeypatch.setattr(finder, 'time', Clock())
+    for module in (finder, memory): monkeypatch.setattr(module, 'time', Clock())
 
 
 def quiet(learn, *args, **kwargs):
@@ -55,7 +54,7 @@ def test_a_busy_machine_does_not_make_small_batches_slower_than_large_ones(clock
     assert seconds == pytest.approx({16: .074, 64: .074})
 
 
-@pytest.mark.parametrize('share', [.2, .05, 1.])
+@pytest.mark.parametrize('share', [.2, .5, 1.])
 def test_the_share_of_the_time_is_kept(clock, share):
     log,learn = [],digits_learner(cbs=Takes(.01, 1e-4))
     learn.cbs[-1].log = log.append
@@ -96,7 +95,7 @@ def test_a_loader_that_does_not_listen_is_said():
     batches = list(learn.dls.train)
     learn.dls.loaders[0] = torch_data.DataLoader(Stubborn(batches), batch_size=None, shuffle=True)
     learn.dls.loaders[0].n_inp = 1
-    assert quiet(learn, .1, 120, n_batch=5).critical and learn.recorder.bs_stats.attrs['bs'] == 50
+    assert quiet(learn, .1, 120, n_batch=5, profile=5.).critical and learn.recorder.bs_stats.attrs['bs'] == 50
     assert 'the training loader does not take another batch size' in bs_summary(learn.recorder.bs_stats)
 
 
@@ -116,7 +115,7 @@ class OutOfMemory(Callback):
 
 
 def test_out_of_memory_in_the_profile_is_no_accident():
-    def find(learn): return quiet(learn, .1, 300, profile=1.)
+    def find(learn): return learn.bs_find(.1, 300, show_plot=False, profile=1.)
     make = lambda: digits_learner(cbs=OutOfMemory(40))
     assert_no_footprint(make, find, lambda learn: learn.fit(1, .1))
     learn = make()
@@ -131,7 +130,7 @@ class Fails(Callback):
 def test_an_interrupt_in_the_profile_leaves_nothing():
     learn = digits_learner(cbs=Fails)
     before = state(learn)
-    with pytest.raises(KeyboardInterrupt): quiet(learn, .1, 300, profile=1.)
+    with pytest.raises(KeyboardInterrupt): learn.bs_find(.1, 300, show_plot=False, profile=1.)
     assert changes(before, state(learn)) == [] and learn.dls.train.bs == 16 and not hasattr(learn.recorder, 'bs_stats')
 
 
