@@ -324,6 +324,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                'fastai_bs_finder/steps.py'),
                                         'fastai_bs_finder.steps._check_empty': ('steps.html#_check_empty', 'fastai_bs_finder/steps.py'),
                                         'fastai_bs_finder.steps._check_model': ('steps.html#_check_model', 'fastai_bs_finder/steps.py'),
+                                        'fastai_bs_finder.steps._guess': ('steps.html#_guess', 'fastai_bs_finder/steps.py'),
                                         'fastai_bs_finder.steps._synchronize': ('steps.html#_synchronize', 'fastai_bs_finder/steps.py'),
                                         'fastai_bs_finder.steps.len_or_none': ('steps.html#len_or_none', 'fastai_bs_finder/steps.py'),
                                         'fastai_bs_finder.steps.mock_training': ('steps.html#mock_training', 'fastai_bs_finder/steps.py'),

@@ -143,8 +143,13 @@ def run_steps(
     learn.fit(10**9, 0., cbs=cb)
     return cb
 
-# %% ../nbs/06_steps.ipynb #3c94c507
+# %% ../nbs/06_steps.ipynb #9c77140d
 _point = 2.  # seconds to spend on a batch size, at most
+
+def _guess(found, bs):
+    "Seconds of a step at `bs`, from few measured ones"
+    if len(found) > 1: return float(StepTime(found)(bs))
+    return next((t*max(bs/b, 1)**.5 for b,t in found.items()), 0.)
 
 def profile_steps(
     learn:Learner, # A learner in a `mock_training` block
@@ -157,7 +162,7 @@ def profile_steps(
     for i,bs in enumerate(sizes):
         left = budget - (time.perf_counter() - start)
         share = min(left/(len(sizes) - i), _point)
-        least = 4*StepTime(found)(bs) if found else 0.
+        least = 4*_guess(found, bs)
         if least > min(left, 2*_point) or left <= 0: continue
         def enough(seconds): return len(seconds) >= 4 and sum(seconds) + seconds[-1] > share or len(seconds) >= 30 or sum(seconds) > min(left, 2*_point)
         try: steps = run_steps(learn, bs, enough)

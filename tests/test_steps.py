@@ -111,7 +111,7 @@ def test_other_batch_sizes_of_every_loader(name, fastai_data):
 class OutOfMemory(Callback):
     def __init__(self, most): self.most = most
     def before_batch(self):
-        if len(self.yb[0]) > self.most: raise torch.OutOfMemoryError(f"no memory for {len(self.yb[0])} examples")
+        if self.training and len(self.yb[0]) > self.most: raise torch.OutOfMemoryError(f"no memory for {len(self.yb[0])} examples")
 
 
 def test_out_of_memory_in_the_profile_is_no_accident():
