@@ -11,11 +11,24 @@ from training import best_runs, bs0, geomean, here, seeds, step_seconds, train
 
 
 def found(task, lr, steps, seed, **kwargs):
-    "The learner after a mock training as long as the real one, and the seconds it took"
+    "What `bs_find` finds in a mock training as long as the real one, with time enough for the profile: these trainings take seconds"
     learn = task.make(bs0, seed)
-    start = time.perf_counter()
-    sug = learn.bs_find(lr, max(math.ceil(steps*20/11), 100), show_plot=False, **kwargs)
-    return learn,sug,time.perf_counter() - start
+    sug = learn.bs_find(lr, max(math.ceil(steps*20/11), 100), show_plot=False, **{'profile': 1., **kwargs})
+    return learn,sug
+
+
+def cost(name, lr, seconds):
+    "What `bs_find` costs by default, as shares of an epoch of training at `seconds` a step"
+    learn = tasks[name].make(bs0, 0)
+    epoch = seconds*learn.dls.train.n/bs0
+    def took(**kwargs):
+        start = time.perf_counter()
+        learn.bs_find(lr, show_plot=False, **kwargs)
+        return time.perf_counter() - start
+    took()
+    rounds = [(took(), took(profile=False)) for _ in range(3)]
+    both,without = (sorted(o)[1] for o in zip(*rounds))
+    return dict(task=name, epoch_seconds=epoch, finder=both/epoch, profile=(both - without)/epoch, profile_of_finder=1 - without/both)
 
 
 def mean_of(stats, kind):
@@ -44,21 +57,19 @@ def main():
     rows,errors,costs,choices = [],[],[],[]
     for name in args.tasks:
         task,at = tasks[name],best.loc[name]
-        seconds = {bs: step_seconds(task, bs, at.loc[task.targets[-1], bs].lr) for bs in at.loc[task.targets[-1]].index}
+        seconds = {bs: step_seconds(task, bs, float(at.loc[task.targets[-1], bs].lr)) for bs in at.loc[task.targets[-1]].index}
+        costs.append(cost(name, float(at.loc[task.targets[0], bs0].lr), seconds[bs0]))
         for target in task.targets:
             m = at.loc[target]
             reached = [b for b in m.index if math.isfinite(m.steps[b])]
+            lr0 = float(m.lr[bs0])
             ratios,noise,fast = [],{k: [] for k in ('', 'opt_', 'full_')},[]
             for seed in seeds:
-                learn,sug,spent = found(task, m.lr[bs0], m.steps[bs0], seed)
-                plain,_,without = found(task, m.lr[bs0], m.steps[bs0], seed, profile=False)
+                learn,sug = found(task, lr0, m.steps[bs0], seed)
                 ratios.append(learn.recorder.bs_table)
                 fast.append(sug.fastest)
-                hessian,*_ = found(task, m.lr[bs0], m.steps[bs0], seed, hessian=True, profile=False)
+                hessian,_ = found(task, lr0, m.steps[bs0], seed, hessian=True, profile=False)
                 for kind in noise: noise[kind].append(mean_of(hessian.recorder.bs_stats, kind))
-                a = learn.recorder.bs_stats.attrs
-                epoch = a['step_time'][bs0]*a['n']/bs0 if bs0 in a['step_time'] else math.nan
-                costs.append(dict(task=name, target=target, seed=seed, batches=a['num_it'], finder=spent/epoch, profile=(spent - without)/epoch, profile_of_finder=1 - without/spent))
             others = [b for b in reached if b != bs0]
             def predicted(q, b): return geomean([t.loc[b, q] for t in ratios])
             for b in m.index:
@@ -104,7 +115,7 @@ Over the batch sizes other than {bs0}. The last three columns: the mean error in
 
 ## What finding it costs
 
-Shares of one epoch at bs={bs0}: the finder in all, its profile, and the profile's part of the finder.
+`bs_find(lr)` as it is, one epoch of batches: the time of the finder in all and of its profile as shares of one epoch of training at bs={bs0}, and the profile's part of the finder. Medians of three.
 
 {md(costs)}
 """)

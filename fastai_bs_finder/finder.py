@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BSFinder']
 
-# %% ../nbs/04_finder.ipynb #5e37ad2d
+# %% ../nbs/04_finder.ipynb #80b19d0e
 import inspect, math, time, warnings
 from collections import namedtuple
 from collections.abc import Callable
@@ -23,7 +23,7 @@ from fastai.imports import noop
 from fastai.learner import Learner
 from .geometry import HessianSums, OptMetric
 from .layers import layer_table
-from .memory import estimate_memory
+from .memory import estimate_memory, _warm_up
 from .noise import GradSums, Noise, NoiseAverage, NoiseMeter
 from .steps import len_or_none, mock_training, n_examples, n_train_examples, profile_steps, Passes, _check_empty, _check_model
 from .predict import bs_table
@@ -274,9 +274,10 @@ def _share(profile):
     if not isinstance(profile, Real) or not 0 <= profile < math.inf: raise ValueError(f"profile={profile!r} is not True, False or a share of the time of 0 or more, such as 0.2")
     return float(profile)
 
-# %% ../nbs/04_finder.ipynb #d13519d9
+# %% ../nbs/04_finder.ipynb #8b2ed1f6
 def _profile(learn, stats, budget):
     "What is known of time and memory, into the `attrs` of `stats`"
+    _warm_up()
     a,end = stats.attrs,time.perf_counter() + budget
     try: memory = estimate_memory(learn, a['bs'], budget/2)
     except torch.OutOfMemoryError: memory = None

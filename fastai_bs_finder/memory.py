@@ -157,7 +157,7 @@ def _host_available(root=Path('/sys/fs/cgroup')):
         except (OSError, ValueError, KeyError): pass  # not there, or without a limit
     return max(res, 0)
 
-# %% ../nbs/07_memory.ipynb #e1c5f3d4
+# %% ../nbs/07_memory.ipynb #3e5b15fc
 def _probe_sizes(bs, most):
     small = 1 if bs == 1 else max(bs//4, 2)
     return sorted({min(small, most), min(max(bs, 2*small), most)})
@@ -167,6 +167,10 @@ def _device(learn): return torch.device(getattr(learn.dls, 'device', None) or ne
 def _meter(learn):
     device = _device(learn)
     return (_CudaBytes if device.type == 'cuda' else _HostBytes)(device)
+
+def _warm_up():
+    "Let PyTorch import what it needs to count allocations: two seconds, once in a process"
+    with _Allocations(): torch.zeros(1) + 1
 
 def _estimate(learn, meter, bs, seconds=math.inf):
     end,took = time.perf_counter() + seconds,0.

@@ -92,7 +92,7 @@ def sizes_between(
     "Round batch sizes"
     return sorted(c for e in range(int(math.log2(max(hi, 1))) + 1) for c in (2**e, 3*2**e) if lo <= c <= hi)
 
-# %% ../nbs/08_predict.ipynb #58c1f48d
+# %% ../nbs/08_predict.ipynb #59fa2939
 def bs_table(
     stats:pd.DataFrame, # Measurements of a mock training: `learn.recorder.bs_stats`, with what is known of time and memory in `attrs`
 ) -> pd.DataFrame|None: # Indexed by batch size; `None` where the noise scale is not known at all
@@ -119,7 +119,7 @@ def bs_table(
         return res | dict(sec_per_epoch=seconds(bs)*n/bs if n else math.nan, fits='' if not a.get('max_bs') else 'yes' if k == 1 else f'accumulate {k}')
     cols = 'steps examples epochs time sec_per_epoch lr fits'.split()
     res = pd.DataFrame([row(bs) for bs in sizes], index=pd.Index(sizes, name='bs'))
-    res = _BSTable(res[[*cols, *(c for c in res if c not in cols)]])
+    res = _BSTable(res[[*cols, *(c for c in res if c not in cols)]].astype({c: object for c in res if c.startswith('lr')}))  # fastai's `fit` takes no NumPy numbers
     res.attrs['bs'] = bs0
     return res
 

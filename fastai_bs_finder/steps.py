@@ -6,7 +6,7 @@
 __all__ = ['mock_training', 'len_or_none', 'n_examples', 'n_train_examples', 'Passes', 'rebatch', 'TimedSteps', 'run_steps',
            'profile_steps', 'StepTime']
 
-# %% ../nbs/06_steps.ipynb #04574dc7
+# %% ../nbs/06_steps.ipynb #92afa890
 import math, sys, time
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
@@ -22,6 +22,7 @@ from fastcore.foundation import L
 from fastai.callback import progress
 from fastai.callback.core import Callback, CancelFitException, CancelValidException
 from fastai.callback.training import GradientAccumulation
+from fastai.data.load import DataLoader
 from fastai.learner import Learner
 from fastai.torch_core import find_bs, item_find
 from .snapshot import no_footprint
@@ -106,7 +107,7 @@ def rebatch(
     else: dl.bs = bs
     return dl
 
-# %% ../nbs/06_steps.ipynb #d9a13c13
+# %% ../nbs/06_steps.ipynb #6eac7627
 def _synchronize(device):
     if device.type == 'cuda': torch.cuda.synchronize(device)
     elif device.type == 'mps': torch.mps.synchronize()
@@ -132,6 +133,12 @@ class TimedSteps(Callback):
         self.start = now
         if self.enough(self.seconds): raise CancelFitException
 
+def _draw_few(dl):
+    "Let a fastai loader that shuffles draw examples for some steps, rather than shuffle the whole training set before the first"
+    cls = type(dl)
+    plain = isinstance(dl, DataLoader) and (cls.get_idxs, cls.shuffle_fn) == (DataLoader.get_idxs, DataLoader.shuffle_fn) and not {'get_idxs', 'shuffle_fn'} & set(vars(dl))
+    if plain and dl.shuffle and dl.bs and dl.n: dl.get_idxs = lambda: dl.rng.sample(range(dl.n), min(dl.n, 40*dl.bs))
+
 def run_steps(
     learn:Learner, # A learner in a `mock_training` block
     bs:int|None, # Batch size; `None`: as it is
@@ -139,6 +146,7 @@ def run_steps(
 ) -> TimedSteps: # With the `seconds` and `sizes` of the steps
     "Train at learning rate 0 with batches of `bs`: as much work as any step, and the weights stay"
     if bs is not None: learn.dls.loaders[0] = rebatch(learn.dls.train, bs)
+    _draw_few(learn.dls.train)
     cb = TimedSteps(enough)
     learn.fit(10**9, 0., cbs=cb)
     return cb

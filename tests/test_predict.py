@@ -85,6 +85,7 @@ def test_the_table():
         assert t.lr[b] == pytest.approx(scale_lr(.1, 64, b, B, 'sgd'))
         assert (t.steps_lo[b], t.steps_hi[b]) == pytest.approx(sorted(rel_steps(b, 64, x) for x in (lo, hi)))
     for q in ('steps', 'examples', 'epochs', 'time'): assert ((t[f'{q}_lo'] <= t[q]) & (t[q] <= t[f'{q}_hi'])).all()
+    assert type(t.lr[256]) is float and type(t.loc[256].lr) is float
     assert t.fits.tolist() == ['yes']*len(t[t.index <= 3000]) + [f'accumulate {k}' for k in (2, 2, 3, 3, 5, 6, 9, 11, 17)]
     assert t.time[4096] == pytest.approx(rel_steps(4096, 64, B)*2*(.004 + 2e-5*2048)/(.004 + 2e-5*64))
 
