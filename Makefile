@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help install demo test table notebooks readme bench clean
+.PHONY: help install demo test table notebooks readme bench training clean
 
 help:
 	@echo "make demo       find the batch size of a small learner: ends in under a minute"
@@ -11,7 +11,8 @@ help:
 	@echo "make table      run the tests that make the table of what bs_find works with"
 	@echo "make notebooks  execute every notebook afresh and keep its outputs"
 	@echo "make readme     make README.md from nbs/index.ipynb"
-	@echo "make bench      measure speed and memory"
+	@echo "make bench      measure speed and memory, and compare predictions with real training (some minutes)"
+	@echo "make training   run the real trainings that predictions are compared with (an hour); both need FASTAI_HOME"
 	@echo "make clean      remove what was built, .venv included"
 
 install: $(VENV)/.installed
@@ -46,6 +47,11 @@ readme: install
 bench: install
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python -W ignore benchmarks/prediction.py
+
+training: install
+	rm -f benchmarks/training.csv
+	$(BIN)/python -W ignore benchmarks/training.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

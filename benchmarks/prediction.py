@@ -96,7 +96,7 @@ def main():
     (here/'prediction.md').write_text(f"""# Predicted and measured
 
 {machine()}. Made by `benchmarks/prediction.py` from the real trainings in `training.csv` (`benchmarks/training.py`): at each batch size the best of a grid of learning rates by factors of 2, {len(seeds)} seeds,
-steps until the training loss on 2,000 fixed training examples is at the target. Times are those steps times the mean seconds of a step in real training. Predictions are what `bs_find` says at bs={bs0}, with the best learning rate there and a mock
+steps until the training loss on 2,000 fixed training examples is at the target. Times are those steps times the median seconds of a step in real training. Predictions are what `bs_find` says at bs={bs0}, with the best learning rate there and a mock
 training as long as the real one.
 
 ## Relative to bs={bs0}
