@@ -33,7 +33,7 @@ def _weighted_sq_norm(g, v, debias, eps):
         total = total + (g.to(dtype).square()/w).masked_fill_(v == 0, 0.).sum(dtype=None if v.device.type == 'mps' else torch.float64)
     return total
 
-# %% ../nbs/05_geometry.ipynb #073637a8
+# %% ../nbs/05_geometry.ipynb #658b8147
 class OptMetric:
     "Squared norms of gradients in the metric P of the optimizer's step −P·g"
     def __init__(self,
@@ -46,9 +46,10 @@ class OptMetric:
     def refresh(self):
         "Look at the optimizer's state again, after it stepped"
         states = getattr(self.opt, 'opt', self.opt).state
-        hypers = {id(p):hyper for p,_,_,hyper in self.opt.all_params()}
-        self.lrs = np.array([float(hypers[id(p)]['lr']) for p in self.params])
-        self.moments = [None if (m := _second_moment(states.get(p, {}), h := hypers[id(p)])) is None else (*m, float(h.get('eps', 0.))) for p in self.params]
+        groups = {id(p):hyper for p,_,_,hyper in self.opt.all_params()}
+        hypers = [groups.get(id(p), self.opt.hypers[-1]) for p in self.params]  # an optimizer may keep copies of the parameters, in fp16 training
+        self.lrs = np.array([float(h['lr']) for h in hypers])
+        self.moments = [None if (m := _second_moment(states.get(p, {}), h)) is None else (*m, float(h.get('eps', 0.))) for p,h in zip(self.params, hypers)]
 
     @property
     def adaptive(self) -> bool:

@@ -11,7 +11,7 @@ from learners import applications, maker
 from reference import paper_estimate
 
 
-def find(learn, lr): return learn.bs_find(lr, 20, 4, show_plot=False)   # measurements end at batches 4, 12 and 20
+def find(learn, lr, profile=1.): return learn.bs_find(lr, 20, 4, show_plot=False, profile=profile)   # measurements end at batches 4, 12 and 20
 
 
 class Store(Callback):
@@ -29,7 +29,7 @@ def test_works(name, fastai_data, capsys, record_property):
     make,lr = maker(name, fastai_data)
     learn,last = make(),deque(maxlen=4)
     learn.add_cb(Store(last))
-    sug = find(learn, lr)
+    sug = find(learn, lr, profile=False)
     stats = learn.recorder.bs_stats
     (b,*others),grads = zip(*last)
     assert stats.batch.tolist() == [4, 12, 20] and others == [b]*3 and stats.attrs['bs'] == b
