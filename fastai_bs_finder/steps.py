@@ -107,7 +107,7 @@ def rebatch(
     else: dl.bs = bs
     return dl
 
-# %% ../nbs/06_steps.ipynb #6eac7627
+# %% ../nbs/06_steps.ipynb #686bf463
 def _synchronize(device):
     if device.type == 'cuda': torch.cuda.synchronize(device)
     elif device.type == 'mps': torch.mps.synchronize()
@@ -145,7 +145,7 @@ def run_steps(
     enough:Callable, # When to stop: called with the seconds of all steps so far
 ) -> TimedSteps: # With the `seconds` and `sizes` of the steps
     "Train at learning rate 0 with batches of `bs`: as much work as any step, and the weights stay"
-    if bs is not None: learn.dls.loaders[0] = rebatch(learn.dls.train, bs)
+    if bs is not None and (dl := rebatch(learn.dls.train, bs)) is not learn.dls.train: learn.dls.loaders[0] = dl
     _draw_few(learn.dls.train)
     cb = TimedSteps(enough)
     learn.fit(10**9, 0., cbs=cb)

@@ -13,7 +13,7 @@ from fastai.imports import noop
 
 from fastai_bs_finder.all import *
 from fastai_bs_finder.demo import digits_learner
-from footprint import assert_no_footprint, changes, same, state
+from footprint import assert_no_footprint, changes, forget, same, state
 from learners import digits, mlp, torch_loaders
 
 
@@ -56,7 +56,7 @@ def test_nothing_changes(before, opt_func):
     before(learn)
     was = state(learn)
     find(learn)
-    del learn.recorder.bs_stats
+    forget(learn)
     assert changes(was, state(learn)) == []
 
 
@@ -181,7 +181,7 @@ def test_the_data_of_loaders_of_any_class_are_not_copied():
     with no_footprint(learn): learn.dls.train.x += 1
     assert learn.dls.train.x.max() == 1
     find(learn)
-    assert len(learn.recorder.bs_stats) == 7
+    assert len(learn.recorder.bs_stats) == 6
 
 
 def test_the_optimizer_goes_on_from_where_it_is():
@@ -249,7 +249,7 @@ def test_odd_state_of_callbacks():
     learn = rich_learner(cbs=Mean())
     was = state(learn)
     find(learn)
-    del learn.recorder.bs_stats
+    forget(learn)
     assert changes(was, state(learn)) == [] and learn.mean.total.is_leaf and learn.mean.kept == dict(a=1) and len(learn.mean.sizes) == 2
 
 
