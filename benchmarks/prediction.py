@@ -25,9 +25,8 @@ def cost(name, lr, seconds):
         start = time.perf_counter()
         learn.bs_find(lr, show_plot=False, **kwargs)
         return time.perf_counter() - start
-    took()
-    rounds = [(took(), took(profile=False)) for _ in range(3)]
-    both,without = (sorted(o)[1] for o in zip(*rounds))
+    took(profile=False)
+    both,without = took(),took(profile=False)
     return dict(task=name, epoch_seconds=epoch, finder=both/epoch, profile=(both - without)/epoch, profile_of_finder=1 - without/both)
 
 
@@ -115,7 +114,7 @@ Over the batch sizes other than {bs0}. The last three columns: the mean error in
 
 ## What finding it costs
 
-`bs_find(lr)` as it is, one epoch of batches: the time of the finder in all and of its profile as shares of one epoch of training at bs={bs0}, and the profile's part of the finder. Medians of three.
+`bs_find(lr)` as it is, one epoch of batches: the time of the finder in all and of its profile as shares of one epoch of training at bs={bs0}, and the profile's part of the finder.
 
 {md(costs)}
 """)

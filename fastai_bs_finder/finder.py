@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['BSFinder']
 
-# %% ../nbs/04_finder.ipynb #80b19d0e
+# %% ../nbs/04_finder.ipynb #6acdf574
 import inspect, math, time, warnings
 from collections import namedtuple
 from collections.abc import Callable
 from functools import partial
 from numbers import Integral, Real
+from statistics import median
 
 import numpy as np, pandas as pd, torch
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -37,7 +38,7 @@ _biased = ("step_every_batch=True is for comparison only: while every batch step
 def _whole(name, x, least):
     if not isinstance(x, Integral) or isinstance(x, bool) or x < least: raise ValueError(f"{name}={x!r} is not a whole number of {least} or more")
 
-# %% ../nbs/04_finder.ipynb #d8526cbb
+# %% ../nbs/04_finder.ipynb #15ae0974
 class BSFinder(Callback):
     "Measures the gradient noise scale during training: `n_batch` batches at fixed weights, one step with their mean gradient, `n_train` ordinary steps, and again"
     order,run_valid = TrainEvalCallback.order-1,False
@@ -64,6 +65,7 @@ class BSFinder(Callback):
 
     def _start(self):
         self._meter,self._rows,self._lr,self._bs = NoiseMeter(self.beta),[],math.nan,0
+        self._stretch,self.step_seconds = None,[]
         self._opt_average,self._full_average,self._hessian_sums,self.parts = NoiseAverage(self.beta),NoiseAverage(self.beta),None,[]
         self._spent,self._seen,self._steps,self._to_train,self._loss_sum = 0,0,0,0,0.
         self._first_loss = torch.tensor(math.nan)
@@ -201,7 +203,7 @@ def before_backward(self:BSFinder):
     try: self._hessian_sums.add(self.learn.loss_grad, self._params, self._meter.sums)
     except RuntimeError as e: self._stop(error=ValueError(f"hessian=True needs second derivatives of the loss, and one is missing: {e}. Leave hessian at False"))
 
-# %% ../nbs/04_finder.ipynb #0a47d0ca
+# %% ../nbs/04_finder.ipynb #c9138b4b
 @patch
 def after_step(self:BSFinder): self._steps += 1
 
@@ -212,7 +214,9 @@ def after_cancel_step(self:BSFinder): self._steps -= 1  # `after_step` follows
 def after_batch(self:BSFinder):
     if not self._measuring:
         if self._on_cpu or self._to_train == 1 or self._spent + 1 == self.num_it: self._check_loss()  # on a GPU once in a while: looking waits for it
+        if self._to_train == 1 and self._stretch: self.step_seconds.append((time.perf_counter() - self._stretch)/self.n_train)
         self._to_train -= 1
+    self._stretch = self._stretch if not self._measuring else None if self._meter.n_batch else time.perf_counter()
     self._measuring = False
     self._spent += 1
     self._seen += n_examples(self.learn)
@@ -274,25 +278,29 @@ def _share(profile):
     if not isinstance(profile, Real) or not 0 <= profile < math.inf: raise ValueError(f"profile={profile!r} is not True, False or a share of the time of 0 or more, such as 0.2")
     return float(profile)
 
-# %% ../nbs/04_finder.ipynb #8b2ed1f6
-def _profile(learn, stats, budget):
+# %% ../nbs/04_finder.ipynb #6948c1fc
+def _profile(learn, stats, step_seconds, budget):
     "What is known of time and memory, into the `attrs` of `stats`"
     _warm_up()
     a,end = stats.attrs,time.perf_counter() + budget
-    try: memory = estimate_memory(learn, a['bs'], budget/2)
-    except torch.OutOfMemoryError: memory = None
+    bs,a['step_time'] = a['bs'],{a['bs']: median(step_seconds)} if len(step_seconds) > 2 else {}
+    try: memory = estimate_memory(learn, bs, budget/3)
+    except Exception: memory = None
     if memory: a['max_bs'] = memory.max_bs()
-    most = min(a['n'] or math.inf, a.get('max_bs') or math.inf)
-    a['step_time'],listens = profile_steps(learn, [b for b in (a['bs'], 4*a['bs']) if b <= most], (end - time.perf_counter())/2)
-    if len(a['step_time']) < 2:
-        why = "the run is too short to try them: raise num_it, or profile" if listens else "the training loader does not take another batch size"
-        a['profile_note'] = f"How fast other batch sizes are on this machine is not known, {why}."
-    for _ in range(4):
-        bs = fastest(stats)
-        if bs is None or bs in a['step_time']: break
-        a['step_time'],_ = profile_steps(learn, [bs], end - time.perf_counter(), a['step_time'])
 
-# %% ../nbs/04_finder.ipynb #e1e735c0
+    def timed(sizes, seconds):
+        sizes = [b for b in sizes if b not in a['step_time'] and b <= min(a['n'] or math.inf, a.get('max_bs') or math.inf)]
+        a['step_time'],trouble,failed = profile_steps(learn, sizes, seconds, a['step_time'])
+        if failed: a['max_bs'] = min(a.get('max_bs') or math.inf, failed - 1)
+        return trouble
+    trouble = timed([bs, 4*bs], .7*(end - time.perf_counter()))
+    if not trouble and len(a['step_time']) < 2: trouble = timed([2*bs], end - time.perf_counter())
+    if len(a['step_time']) < 2: a['profile_note'] = f"How fast other batch sizes are on this machine is not known: {trouble or 'the run is too short to try them, raise num_it, or profile'}."
+    for _ in range(4):
+        best = fastest(stats)
+        if best is None or best in a['step_time'] or timed([best], end - time.perf_counter()): break
+
+# %% ../nbs/04_finder.ipynb #5ca84884
 @patch
 def bs_find(self:Learner,
     lr:float|slice|list|None=None, # Learning rate of the mock training, as in `fit`; `None`: the learner's
@@ -324,8 +332,8 @@ def bs_find(self:Learner,
             start = time.perf_counter()
             self.fit(math.ceil(cb.num_it/n_epoch_it) if n_epoch_it else 1, lr, cbs=cb)
             stats = cb.stats
-            stats.attrs.update(n=n_train_examples(self), lr_given=lr, suggested={})
-            if share and len(stats): _profile(self, stats, share*(time.perf_counter() - start))
+            stats.attrs.update(n=n_train_examples(self), lr_given=self.lr if lr is None else lr, suggested={})
+            if share and len(stats): _profile(self, stats, cb.step_seconds, share*(time.perf_counter() - start))
     except BaseException:
         if bar and bar.last_v is not None: bar.on_interrupt()
         raise

@@ -9,13 +9,13 @@ __all__ = ['OptMetric', 'HessianSums']
 import math, numpy as np, torch
 from .noise import GradSums, Noise
 
-# %% ../nbs/05_geometry.ipynb #bd20318e
+# %% ../nbs/05_geometry.ipynb #26b10e4a
 def _second_moment(state, hyper):
     "`v̂`'s state and its debiasing factor, by the names that fastai and PyTorch give them; `None` where the optimizer keeps none (yet)"
-    key = next((k for k in ('max_exp_avg_sq', 'exp_avg_sq', 'sqr_avg', 'square_avg') if isinstance(state.get(k), torch.Tensor)), None)
+    key = next((k for k in ('max_exp_avg_sq', 'exp_avg_sq', 'sqr_avg', 'square_avg', 'sum') if isinstance(state.get(k), torch.Tensor)), None)
     if key is None: return
     beta,step = hyper.get('sqr_mom'),float(state.get('step', 0))
-    debiased = key != 'square_avg' and isinstance(beta, float) and beta < 1 and step > 0  # PyTorch's RMSprop does not debias
+    debiased = key not in ('square_avg', 'sum') and isinstance(beta, float) and beta < 1 and step > 0  # PyTorch's RMSprop and Adagrad do not debias
     return state[key],1 - beta**step if debiased else 1.
 
 # %% ../nbs/05_geometry.ipynb #bb9ff716
@@ -33,7 +33,7 @@ def _weighted_sq_norm(g, v, debias, eps):
         total = total + (g.to(dtype).square()/w).masked_fill_(v == 0, 0.).sum(dtype=None if v.device.type == 'mps' else torch.float64)
     return total
 
-# %% ../nbs/05_geometry.ipynb #658b8147
+# %% ../nbs/05_geometry.ipynb #4d7e12a8
 class OptMetric:
     "Squared norms of gradients in the metric P of the optimizer's step −P·g"
     def __init__(self,
@@ -49,6 +49,7 @@ class OptMetric:
         groups = {id(p):hyper for p,_,_,hyper in self.opt.all_params()}
         hypers = [groups.get(id(p), self.opt.hypers[-1]) for p in self.params]  # an optimizer may keep copies of the parameters, in fp16 training
         self.lrs = np.array([float(h['lr']) for h in hypers])
+        if not self.lrs.any(): self.lrs += 1
         self.moments = [None if (m := _second_moment(states.get(p, {}), h)) is None else (*m, float(h.get('eps', 0.))) for p,h in zip(self.params, hypers)]
 
     @property

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Memory', 'estimate_memory']
 
-# %% ../nbs/07_memory.ipynb #6bad1ac6
+# %% ../nbs/07_memory.ipynb #0215d430
 import gc, math, sys, time, weakref
 from contextlib import nullcontext
 from numbers import Real
@@ -17,9 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastcore.basics import patch
 from fastai.callback.core import Callback
 from fastai.learner import Learner
-from .steps import _check_empty, _check_model, mock_training, n_train_examples, run_steps
+from .steps import _check_empty, _check_model, mock_training, n_train_examples, out_of_memory, run_steps
 
-# %% ../nbs/07_memory.ipynb #5793aee6
+# %% ../nbs/07_memory.ipynb #d33f321f
 def _readable(
     n, # Number of bytes
 ):
@@ -32,6 +32,7 @@ class Memory(NamedTuple):
     fixed:float # Bytes that a step takes at any batch size
     per_example:float # Bytes that each example adds
     available:float # Bytes that a step may take
+    failed:float = math.inf # The smallest batch size that ran out of memory
 
     def bytes(self,
         bs:int, # Batch size
@@ -43,7 +44,7 @@ class Memory(NamedTuple):
         margin:float=.9, # Part of the available memory to use, in (0, 1]
     ) -> int: # Batch size; 0 where not even one example fits
         "The largest batch size that fits"
-        return max(int((margin*self.available - self.fixed)//self.per_example), 0)
+        return int(max(min((margin*self.available - self.fixed)//self.per_example, self.failed - 1), 0))
 
     def fits(self,
         bs:int, # Batch size
@@ -54,7 +55,7 @@ class Memory(NamedTuple):
 
     def __repr__(self): return f'Memory({_readable(self.fixed)} + {_readable(self.per_example)} per example, of {_readable(self.available)} available)'
 
-# %% ../nbs/07_memory.ipynb #f941e75d
+# %% ../nbs/07_memory.ipynb #0593cde5
 class _StepBytes(Callback):
     "Measures the memory of training steps: `points` is bytes by batch size"
     order,run_valid = -50,False
@@ -68,7 +69,9 @@ class _StepBytes(Callback):
         self.high = 0
         try:
             with learn.added_cbs(self), self.counting: steps = run_steps(learn, bs, lambda seconds: len(seconds) >= 2)
-        except torch.OutOfMemoryError: steps = None
+        except Exception as e:
+            if not out_of_memory(e): raise
+            steps = None
         if steps is None:  # out of the `except`, which keeps the failed step alive
             learn._end_cleanup()
             gc.collect()
@@ -85,7 +88,7 @@ class _StepBytes(Callback):
         *rest,(bs,most) = sorted(self.points.items())
         per_example = (most - rest[-1][1])/(bs - rest[-1][0]) if rest else 0
         if per_example <= 0: per_example = most/bs
-        return Memory(most - per_example*bs, per_example, self.available)
+        return Memory(most - per_example*bs, per_example, self.available, self.failed)
 
 # %% ../nbs/07_memory.ipynb #08ed3242
 class _CudaBytes(_StepBytes):

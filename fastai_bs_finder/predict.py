@@ -30,7 +30,7 @@ def rel_examples(
     "Examples to the same loss at `bs`, relative to those at `bs0` (McCandlish et al. 2018, section 2.3)"
     return rel_steps(bs, bs0, noise_scale)*bs/bs0
 
-# %% ../nbs/08_predict.ipynb #8c23e453
+# %% ../nbs/08_predict.ipynb #3c582694
 _exponents = dict(sgd=1., adam=.5)
 
 def scale_lr(
@@ -43,7 +43,7 @@ def scale_lr(
     "Scale a learning rate to another batch size (McCandlish et al. 2018, section 2.2). Raises `ValueError` on an unknown optimizer or values that are not positive"
     if opt not in _exponents: raise ValueError(f"opt={opt!r} is not one of {', '.join(map(repr, _exponents))}: 'adam' stands for all that divide by the root of a second moment")
     for name,x in dict(bs=bs, new_bs=new_bs, noise_scale=noise_scale).items():
-        if x is not None and not (isinstance(x, Real) and x > 0): raise ValueError(f"{name}={x!r} is not a number above 0")
+        if x is not None and not (isinstance(x, Real) and (x > 0 or x == 0 and name == 'noise_scale')): raise ValueError(f"{name}={x!r} is not a number above 0")
     factor = (1/rel_steps(new_bs, bs, math.inf if noise_scale is None else noise_scale))**_exponents[opt]
     def scaled(x): return x if x is None else x*factor
     if isinstance(lr, slice): return slice(scaled(lr.start), scaled(lr.stop), lr.step)
@@ -70,10 +70,10 @@ def noiseless_mean(
     w = 1/(1 + x/bs)
     return float((1 - w).sum()*bs/w.sum()) if w.any() else math.inf
 
-# %% ../nbs/08_predict.ipynb #fb9687fb
+# %% ../nbs/08_predict.ipynb #96906388
 def mean_noise_scale(
     stats:pd.DataFrame, # Measurements of a mock training: `learn.recorder.bs_stats`
-) -> tuple|None: # Noise scale, lower and upper end of its interval, in examples; the upper end is infinite where that of all measurements is. `None` where nothing can be said
+) -> tuple|None: # Noise scale, lower and upper end of its interval, in examples; the upper end is infinite where that of the last measurement is. `None` where nothing can be said
     "The noise scale averaged over the mock training, with the interval that those of the measurements imply. Where a measurement has no upper end, its lower one counts"
     x = noise_in_use(stats)
     x = x[(x.noise > 0) & ((x.scale > 0) | (x.hi == math.inf))]
@@ -81,8 +81,10 @@ def mean_noise_scale(
     known = best > 0
     if not known.any(): return
     bs = stats.attrs['bs']
-    means = [noiseless_mean(b[known], bs) for b in (best, x.lo.fillna(x.noise_scale).to_numpy(), x.hi.fillna(x.noise_scale).to_numpy())]
-    return means[0],min(means[:2]),max(means)
+    mean,sure = noiseless_mean(best[known], bs),x[known].dropna(subset=['lo', 'hi'])
+    if not len(sure): return mean,mean,mean
+    hi = math.inf if sure.hi.iloc[-1] == math.inf else noiseless_mean(sure.hi, bs)
+    return mean,min(mean, noiseless_mean(sure.lo, bs)),max(mean, hi)
 
 # %% ../nbs/08_predict.ipynb #ae6a773c
 def sizes_between(
@@ -123,7 +125,7 @@ def bs_table(
     res.attrs['bs'] = bs0
     return res
 
-# %% ../nbs/08_predict.ipynb #478fcc54
+# %% ../nbs/08_predict.ipynb #184623b5
 def _num(x): return f'{round(x, 2):.2g}' if abs(x) < 10 else f'{float(f"{x:.3g}"):,.0f}'
 
 def _ratio(x): return _num(x) if x >= 10 else f'{x:.1f}' if x >= 1 else f'{x:.2f}' if x >= .01 else 'less than 0.01'
@@ -151,5 +153,7 @@ class _BSTable(pd.DataFrame):
         rows = [[cell(c, row) for c in cols] for _,row in self.iterrows()]
         return pd.DataFrame(rows, columns=cols, index=self.index).rename(index=lambda b: f'{b} (in use)' if b == self.attrs.get('bs') else b)
 
-    def _repr_html_(self): return self.shown()._repr_html_()
-    def __repr__(self): return self.shown().to_string()
+    def _plain(self): return not {'steps', 'examples', 'time', 'lr', 'fits'} & set(self) or any(t == bool for t in self.dtypes)
+    def _repr_html_(self): return pd.DataFrame(self)._repr_html_() if self._plain() else self.shown()._repr_html_()
+    def __repr__(self): return repr(pd.DataFrame(self)) if self._plain() else self.shown().to_string()
+    def __reduce_ex__(self, protocol): return pd.DataFrame,(pd.DataFrame(self),)  # an exported learner does not need this package

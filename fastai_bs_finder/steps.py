@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['mock_training', 'len_or_none', 'n_examples', 'n_train_examples', 'Passes', 'rebatch', 'TimedSteps', 'run_steps',
-           'profile_steps', 'StepTime']
+           'out_of_memory', 'profile_steps', 'StepTime']
 
-# %% ../nbs/06_steps.ipynb #92afa890
+# %% ../nbs/06_steps.ipynb #12f7b394
 import math, sys, time
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
+from functools import partial
 from statistics import median
 
 import numpy as np, pandas as pd, torch
@@ -107,7 +108,7 @@ def rebatch(
     else: dl.bs = bs
     return dl
 
-# %% ../nbs/06_steps.ipynb #686bf463
+# %% ../nbs/06_steps.ipynb #58d16d98
 def _synchronize(device):
     if device.type == 'cuda': torch.cuda.synchronize(device)
     elif device.type == 'mps': torch.mps.synchronize()
@@ -118,12 +119,13 @@ class TimedSteps(Callback):
     def __init__(self,
         enough:Callable, # Called with the seconds of all steps so far
     ): self.enough = enough
-    def before_fit(self): self.seconds,self.sizes = [],[]
+    def before_fit(self): self.seconds,self.sizes,self.before = [],[],None
     def before_train(self):
         if len_or_none(self.dl) is None: self.learn.dl = Passes(self.dl, 10**9)
-        self.start,self.before = time.perf_counter(),len(self.seconds)
-    def after_train(self):
-        if len(self.seconds) == self.before: raise CancelFitException  # without batches it would go on for ever
+        self.start = time.perf_counter()
+    def before_epoch(self):
+        if self.before == len(self.seconds): raise CancelFitException  # an epoch without a step: it would go on for ever
+        self.before = len(self.seconds)
     def before_validate(self): raise CancelValidException
     def after_batch(self):
         _synchronize(self.learn.loss.device)
@@ -133,11 +135,13 @@ class TimedSteps(Callback):
         self.start = now
         if self.enough(self.seconds): raise CancelFitException
 
+def _few(dl): return dl.rng.sample(range(dl.n), min(dl.n, 40*dl.bs))
+
 def _draw_few(dl):
     "Let a fastai loader that shuffles draw examples for some steps, rather than shuffle the whole training set before the first"
     cls = type(dl)
     plain = isinstance(dl, DataLoader) and (cls.get_idxs, cls.shuffle_fn) == (DataLoader.get_idxs, DataLoader.shuffle_fn) and not {'get_idxs', 'shuffle_fn'} & set(vars(dl))
-    if plain and dl.shuffle and dl.bs and dl.n: dl.get_idxs = lambda: dl.rng.sample(range(dl.n), min(dl.n, 40*dl.bs))
+    if plain and dl.shuffle and dl.bs and dl.n: dl.get_idxs = partial(_few, dl)  # worker processes may have to pickle it
 
 def run_steps(
     learn:Learner, # A learner in a `mock_training` block
@@ -151,8 +155,16 @@ def run_steps(
     learn.fit(10**9, 0., cbs=cb)
     return cb
 
-# %% ../nbs/06_steps.ipynb #9c77140d
+# %% ../nbs/06_steps.ipynb #dabd1f7e
 _point = 2.  # seconds to spend on a batch size, at most
+
+def out_of_memory(
+    error:Exception, # What a training step raised
+) -> bool: # Whether it ran out of memory, on whatever device
+    "Tell errors of memory from others"
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+
+def _first_line(e): return next(iter(l.strip() for l in str(e).splitlines()[::-1] if l.strip()), type(e).__name__)[:100]
 
 def _guess(found, bs):
     "Seconds of a step at `bs`, from few measured ones"
@@ -164,9 +176,9 @@ def profile_steps(
     sizes:Iterable, # Batch sizes to try, the most important first
     budget:float, # Seconds to spend in all
     found:dict|None=None, # Seconds per step at batch sizes that were timed before
-) -> tuple[dict, bool]: # Seconds per training step by batch size, rising; whether the loader gave the sizes it was asked for
-    "Time training steps at each of `sizes`; sizes that would take too long, or run out of memory, are left out"
-    start,found,listens = time.perf_counter(),dict(found or {}),True
+) -> tuple[dict, str|None, int|None]: # Seconds per training step by batch size, rising; what went wrong; the size that ran out of memory
+    "Time training steps at each of `sizes`; sizes that would take too long are left out, and those after one that fails"
+    start,found,trouble,failed = time.perf_counter(),dict(found or {}),None,None
     for i,bs in enumerate(sizes):
         left = budget - (time.perf_counter() - start)
         share = min(left/(len(sizes) - i), _point)
@@ -174,11 +186,15 @@ def profile_steps(
         if least > min(left, 2*_point) or left <= 0: continue
         def enough(seconds): return len(seconds) >= 4 and sum(seconds) + seconds[-1] > share or len(seconds) >= 30 or sum(seconds) > min(left, 2*_point)
         try: steps = run_steps(learn, bs, enough)
-        except torch.OutOfMemoryError: break
-        listens = max(steps.sizes, default=bs) == bs
-        if not listens: break
+        except Exception as e:  # a model, or a loss, for one batch size only: no reason to lose the measurements
+            learn._end_cleanup()
+            trouble,failed = f"a step with bs={bs} fails ({_first_line(e)})",bs if out_of_memory(e) else None
+            break
+        if max(steps.sizes, default=bs) != bs:
+            trouble = "the training loader does not take another batch size"
+            break
         if full := [t for t,size in list(zip(steps.seconds, steps.sizes))[1:] if size == bs]: found[bs] = median(full)
-    return pd.Series(found, dtype=float).sort_index()[::-1].cummin()[::-1].to_dict(),listens
+    return pd.Series(found, dtype=float).sort_index()[::-1].cummin()[::-1].to_dict(),trouble,failed
 
 # %% ../nbs/06_steps.ipynb #55e427ec
 class StepTime:

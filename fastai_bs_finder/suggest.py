@@ -57,7 +57,7 @@ mk_class('BSSuggestion', **{f.__name__.capitalize():f for f in (critical, fastes
          doc="All suggestion functions as attributes, for tab-completion")
 _all_ = ['BSSuggestion']
 
-# %% ../nbs/02_suggest.ipynb #b51a5bf3
+# %% ../nbs/02_suggest.ipynb #439782ed
 def _more(stats):
     "How to learn more: a longer run, longer measurements within an epoch, or a longer average"
     a,ways = stats.attrs,[]
@@ -72,14 +72,15 @@ def _noise_scale_in_words(stats):
     if not len(stats): return f"The noise scale is not known: no measurement of {a['n_batch']} batches was completed{a.get('missing', '')}."
     last = noise_in_use(stats).iloc[-1]
     if not last.noise > 0: return f"The noise scale cannot be told: all batches have the same gradient, {where}."
+    n = noise_in_use(stats).noise.notna().sum()  # an adaptive optimizer has no metric before its first step
     if math.isnan(last.hi):
-        if last.scale <= 0 and len(stats) >= 3 and a['beta'] > 0:
+        if last.scale <= 0 and n >= 3 and a['beta'] > 0:
             why = ("that is what stepping after every batch does to it" if a['step_every_batch'] else
                    "either the training set is fitted and no gradient is left, or its batches are not drawn at random (shuffle the loader)")
             return f"The noise scale cannot be told: |G|² came out negative, and not by chance; {why}."
         what = f'about {_num(last.noise_scale)} examples' if critical(stats) else 'not known yet'
-        few = (f"{len(stats)} measurement{'s are' if len(stats) > 1 else ' is'} too few to say how sure that is: spend more batches (num_it={10*a['n_batch'] + 9*a['n_train']})"
-               if len(stats) < 3 else f"beta={a['beta']} keeps too few of the {len(stats)} measurements to say how sure that is: raise beta, to 0.9 for example")
+        few = (f"{n} measurement{'s are' if n > 1 else ' is'} too few to say how sure that is: spend more batches (num_it={10*(a['n_batch'] + a['n_train'])})"
+               if n < 3 else f"beta={a['beta']} keeps too few of the {n} measurements to say how sure that is: raise beta, to 0.9 for example")
         return f"The noise scale is {what}, {where}. {few}."
     if last.hi < math.inf: return f"The noise scale is {_num(last.noise_scale)} examples (95% interval {_num(last.lo)} to {_num(last.hi)}), {where}."
     if last.lo >= 1:

@@ -512,7 +512,7 @@ nan,inf = math.nan,math.inf
     (rows(*[(700, 12, inf)]*3), 12, 'Nothing speaks against bs=16 so far.'),
     (rows(*[(700, 0, inf)]*3), None, 'cannot be told yet'),
     (rows(*[(-700, nan, nan)]*3), None, 'came out negative, and not by chance; either the training set is fitted'),
-    (rows((90, nan, nan)), 96, '1 measurement is too few to say how sure that is: spend more batches (num_it=190)'),
+    (rows((90, nan, nan)), 96, '1 measurement is too few to say how sure that is: spend more batches (num_it=200)'),
     (rows((-90, nan, nan), (-80, nan, nan)), None, 'is not known yet'),
     (rows(*[(900, 700, 1100)]*3, step_every_batch=True), 1024, 'measured with bs=16 at lr=0.1. This is a biased number, for comparison only: every batch stepped.'),
     (rows(), None, 'no measurement of 10 batches was completed'),

@@ -56,8 +56,9 @@ def split(model): return [list(model[0].parameters()), list(model[2].parameters(
     (Adam, .01, of_fastai(True)), (RAdam, .01, of_fastai(True)), (QHAdam, .01, of_fastai(True)), (Lamb, .01, of_fastai(True)), (partial(RMSProp, mom=0.), .001, of_fastai(False)),
     (partial(OptimWrapper, opt=torch.optim.Adam), .01, of_pytorch('exp_avg_sq', True)), (partial(OptimWrapper, opt=torch.optim.AdamW, amsgrad=True), .01, of_pytorch('max_exp_avg_sq', True)),
     (partial(OptimWrapper, opt=torch.optim.RMSprop), .001, of_pytorch('square_avg', False)),
+    (partial(OptimWrapper, opt=torch.optim.Adagrad), .01, of_pytorch('sum', False)),
     (SGD, slice(.01, .1), groups), (partial(SGD, mom=.9), [.1, .02], groups),
-], ids='Adam RAdam QHAdam Lamb RMSProp torch.Adam torch.AMSGrad torch.RMSprop SGD SGD-momentum'.split())
+], ids='Adam RAdam QHAdam Lamb RMSProp torch.Adam torch.AMSGrad torch.RMSprop torch.Adagrad SGD SGD-momentum'.split())
 def test_equals_the_equation_on_stored_gradients(opt_func, lr, denominators):
     log,learn = [],digits_learner(opt_func=opt_func, splitter=split)
     learn.model.double()

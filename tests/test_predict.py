@@ -1,5 +1,5 @@
 "What other batch sizes are predicted to take, and the words about it"
-import math
+import math, pickle
 
 import numpy as np, pandas as pd, pytest
 from fastcore.foundation import L
@@ -43,7 +43,7 @@ def test_scale_lr_of_every_kind():
 
 
 @pytest.mark.parametrize('kwargs,msg', [(dict(opt='rmsprop'), "opt='rmsprop' is not one of 'sgd', 'adam'"), (dict(bs=0), 'bs=0 is not a number above 0'),
-                                        (dict(new_bs=-3), 'new_bs=-3 is not'), (dict(noise_scale=0), 'noise_scale=0 is not'), (dict(bs='64'), "bs='64' is not")])
+                                        (dict(new_bs=-3), 'new_bs=-3 is not'), (dict(noise_scale=-1), 'noise_scale=-1 is not'), (dict(bs='64'), "bs='64' is not")])
 def test_scale_lr_errors(kwargs, msg):
     with pytest.raises(ValueError, match=msg): scale_lr(**dict(lr=.1, bs=64, new_bs=128) | kwargs)
 
@@ -59,7 +59,10 @@ def test_the_mean_predicts_what_adding_up_step_by_step_does(B, bs, new):
 def test_the_mean_noise_scale():
     assert mean_noise_scale(measured((100, 100, 100), (100, 100, 100))) == pytest.approx((100, 100, 100))
     B,lo,hi = mean_noise_scale(measured((100, nan, nan), (200, 100, 400), (-50, 300, inf)))
-    assert B == pytest.approx(noiseless_mean([100, 200, 300], 64)) and lo == pytest.approx(noiseless_mean([100, 100, 300], 64)) and hi == pytest.approx(noiseless_mean([100, 400, inf], 64))
+    assert B == pytest.approx(noiseless_mean([100, 200, 300], 64)) and lo == pytest.approx(noiseless_mean([100, 300], 64)) and hi == inf   # as open as the last one
+    assert mean_noise_scale(measured((-50, 300, inf), (200, 100, 400)))[2] == pytest.approx(noiseless_mean([inf, 400], 64))
+    t = bs_table(measured((-5, nan, nan), (100, 0, 400), (100, 0, 400)))
+    assert t.lr_lo[256] == .1 and t.steps_hi[256] == 1   # no noise at all, for all we know
     assert mean_noise_scale(measured((-50, 300, inf)))[2] == inf
     for rows in ([(-50, 0, inf)], [(-50, nan, nan)]): assert mean_noise_scale(measured(*rows)) is None
 
@@ -103,6 +106,7 @@ def test_the_table_reads_well():
     row = next(l for l in text.splitlines() if l.startswith('512 '))
     assert row.split()[1:3] == ['0.25', '(0.23-0.27)']
     assert 'nan' not in repr(bs_table(measured(*known)))
+    assert 'True' in repr(t.isna() | True) and type(pickle.loads(pickle.dumps(t))) is pd.DataFrame
     assert 'steps' in repr(t[['steps', 'fits']]) and t.query('time < .7').time.max() < .7
 
 

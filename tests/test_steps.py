@@ -1,9 +1,9 @@
 "Training steps at other batch sizes: their time by a clock that the test turns, and what remains of them"
-import math
+import math, pickle, re
 
 import pytest, torch
 from torch.utils import data as torch_data
-from fastai.basics import Callback
+from fastai.basics import Callback, CancelEpochException
 
 import fastai_bs_finder.finder as finder, fastai_bs_finder.memory as memory, fastai_bs_finder.steps as steps_module
 from fastai_bs_finder.all import *
@@ -40,8 +40,8 @@ def quiet(learn, *args, **kwargs):
 
 def test_the_profile_measures_what_steps_take(clock):
     learn = digits_learner(cbs=Takes(.01, .001))
-    with mock_training(learn): seconds,listens = profile_steps(learn, [16, 64, 4, 256], 100.)
-    assert listens and seconds == pytest.approx({b: .01 + .001*b for b in (4, 16, 64, 256)})
+    with mock_training(learn): seconds,trouble,failed = profile_steps(learn, [16, 64, 4, 256], 100.)
+    assert trouble is failed is None and seconds == pytest.approx({b: .01 + .001*b for b in (4, 16, 64, 256)})
     t = StepTime(seconds)
     assert (t.overhead, t.cost, t(1000), t.half_throughput) == pytest.approx((.01, .001, 1.01, 10))
 
@@ -50,7 +50,7 @@ def test_a_busy_machine_does_not_make_small_batches_slower_than_large_ones(clock
     class Busy(Callback):
         def after_pred(self): Clock.now += .1*(len(self.yb[0]) == 16)
     learn = digits_learner(cbs=[Takes(.01, .001), Busy])
-    with mock_training(learn): seconds,_ = profile_steps(learn, [16, 64], 100.)
+    with mock_training(learn): seconds,*_ = profile_steps(learn, [16, 64], 100.)
     assert seconds == pytest.approx({16: .074, 64: .074})
 
 
@@ -119,7 +119,54 @@ def test_out_of_memory_in_the_profile_is_no_accident():
     make = lambda: digits_learner(cbs=OutOfMemory(40))
     assert_no_footprint(make, find, lambda learn: learn.fit(1, .1))
     learn = make()
-    assert find(learn).critical and max(learn.recorder.bs_stats.attrs['step_time']) <= 40
+    assert find(learn).critical <= 63 and max(learn.recorder.bs_stats.attrs['step_time']) <= 40
+    table = learn.recorder.bs_table
+    assert table.fits[64].startswith('accumulate') and table.fits[32] == 'yes'
+    with learn.no_bar(): assert learn.max_bs() < 64
+
+
+class Sixteen(torch.nn.Module):
+    "A model for batches of 16 only"
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(64, 10)
+    def forward(self, x): return self.layer(x.view(16, 64))
+
+
+def test_a_model_for_one_batch_size_keeps_its_measurements():
+    learn = digits_learner()
+    learn.model,learn.dls.train.drop_last = Sixteen(),True
+    assert quiet(learn, .1, 300, profile=1.).critical
+    assert re.search(r'is not known: a step with bs=\d+ fails \(shape', bs_summary(learn.recorder.bs_stats))
+
+
+class EndsEpochs(Callback):
+    order = 0
+    def __init__(self, after): self.after,self.seen = after,0
+    def after_batch(self):
+        self.seen += 1
+        if self.seen >= self.after: raise CancelEpochException("enough")
+
+
+def test_epochs_that_never_get_to_a_step_end():
+    assert quiet(digits_learner(cbs=EndsEpochs(100)), .1, 200).fastest is None
+    with pytest.raises(ValueError, match='does not make batches of another size'): digits_learner(cbs=EndsEpochs(1)).max_bs()
+
+
+def test_learning_rate_zero():
+    learn = digits_learner()
+    assert quiet(learn, 0., 300).critical
+    s = learn.recorder.bs_stats
+    assert s.opt_noise_scale.iloc[-1] == pytest.approx(s.noise_scale.iloc[-1])
+
+
+def test_drawing_few_survives_a_worker_process():
+    learn = digits_learner()
+    with mock_training(learn):
+        run_steps(learn, 32, lambda seconds: len(seconds) == 2)
+        dl = pickle.loads(pickle.dumps(learn.dls.train))
+        idxs = dl.get_idxs()
+    assert len(idxs) == len(set(idxs)) == 40*32 and 'get_idxs' not in vars(learn.dls.train)
 
 
 class Fails(Callback):
