@@ -43,7 +43,7 @@ def test_follows_the_truth(fastai_data, mnist, opt_func, lr):
     learn.add_cb(Truth(X, y, found))
     with learn.no_bar(): learn.bs_find(lr, show_plot=False, profile=False)
     stats = learn.recorder.bs_stats
-    truth = np.array([s/g for s,g in ema(found, .9)])[:len(stats)]
+    truth = np.array([s/g for s,g in ema(found[1:], .9)])[:len(stats)]  # the first is at the initial weights, where the run begins with ordinary steps
     ratio = stats.noise_scale/truth
 
     biased = learner()
@@ -55,7 +55,7 @@ def test_follows_the_truth(fastai_data, mnist, opt_func, lr):
         print(f'{stats.batch[i]:4} {truth[i]:6.0f} {stats.noise_scale[i]:6.0f} ({stats.lo[i]:.0f} to {stats.hi[i]:.0f}) {other:8.0f}')
     print(f'ours/truth: {ratio.min():.2f} to {ratio.max():.2f}')
     assert len(stats) == 46
-    assert ratio.between(1/1.6, 1.6).all()
+    assert ratio.between(1/1.5, 1.5).all()
     assert stats.noise_scale.iloc[-1] > 2*stats.noise_scale[0]
     late = article.noise_scale[len(article)//2:]
     assert ((late < 0) | (late > 3*truth[-1])).all()            # what holding the weights is for

@@ -19,7 +19,7 @@ def close():
 @pytest.fixture(scope='module')
 def found():
     learn = digits_learner()
-    with learn.no_bar(), learn.no_logging(): learn.bs_find(.1, 300, show_plot=False)
+    with learn.no_bar(), learn.no_logging(): learn.bs_find(.1, 300, show_plot=False, profile=False)
     return learn
 
 

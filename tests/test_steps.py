@@ -8,7 +8,7 @@ from fastai.basics import Callback, CancelEpochException
 import fastai_bs_finder.finder as finder, fastai_bs_finder.memory as memory, fastai_bs_finder.steps as steps_module
 from fastai_bs_finder.all import *
 from fastai_bs_finder.demo import digits_learner
-from fastai_bs_finder.steps import StepTime, mock_training, profile_steps, rebatch, run_steps
+from fastai_bs_finder.steps import StepTime, mock_training, profile_steps, run_steps
 from footprint import assert_no_footprint, changes, state
 from learners import maker
 
