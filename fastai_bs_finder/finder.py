@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['BSFinder']
 
-# %% ../nbs/04_finder.ipynb #6acdf574
+# %% ../nbs/04_finder.ipynb #2a462eb4
 import inspect, math, time, warnings
 from collections import namedtuple
 from collections.abc import Callable
 from functools import partial
-from numbers import Integral, Real
+from numbers import Real
 from statistics import median
 
 import numpy as np, pandas as pd, torch
@@ -22,23 +22,20 @@ from fastai.callback.core import Callback, TrainEvalCallback, CancelBatchExcepti
 from fastai.callback.fp16 import MixedPrecision, NonNativeMixedPrecision
 from fastai.imports import noop
 from fastai.learner import Learner
-from .geometry import HessianSums, OptMetric
+from .geometry import HessianSums, OptMeter, _columns
 from .layers import layer_table
 from .memory import estimate_memory, _warm_up
-from .noise import GradSums, Noise, NoiseAverage, NoiseMeter
-from .steps import len_or_none, mock_training, n_examples, n_train_examples, profile_steps, Passes, _check_empty, _check_model
+from .noise import GradSums, NoiseAverage
+from .steps import len_or_none, loss_scale, mock_training, n_examples, n_train_examples, profile_steps, Passes, _check_empty, _check_model, _whole
 from .predict import bs_table
 from .suggest import bs_summary, critical, fastest
 
-# %% ../nbs/04_finder.ipynb #8ae51b96
+# %% ../nbs/04_finder.ipynb #c8384a7b
 _biased = ("step_every_batch=True is for comparison only: while every batch steps, the noise in one gradient moves the weights at which the next is taken. "
            "That biases the scale |G|² by about −lr·tr(HΣ)/b, and the noise scale comes out too large or negative at learning rates that train well. "
            "Leave it at False for a number to act on.")
 
-def _whole(name, x, least):
-    if not isinstance(x, Integral) or isinstance(x, bool) or x < least: raise ValueError(f"{name}={x!r} is not a whole number of {least} or more")
-
-# %% ../nbs/04_finder.ipynb #15ae0974
+# %% ../nbs/04_finder.ipynb #04a2da67
 class BSFinder(Callback):
     "Measures the gradient noise scale during training: `n_batch` batches at fixed weights, one step with their mean gradient, `n_train` ordinary steps, and again"
     order,run_valid = TrainEvalCallback.order-1,False
@@ -64,17 +61,16 @@ class BSFinder(Callback):
         self._start()
 
     def _start(self):
-        self._meter,self._rows,self._lr,self._bs = NoiseMeter(self.beta),[],math.nan,0
+        self._meter,self._rows,self._lr,self._bs = None,[],math.nan,0
         self._stretch,self.step_seconds = None,[]
-        self._opt_average,self._full_average,self._hessian_sums,self.parts = NoiseAverage(self.beta),NoiseAverage(self.beta),None,[]
+        self._full_average,self._hessian_sums,self.parts = NoiseAverage(self.beta),None,[]
         self._spent,self._seen,self._steps,self._to_train,self._loss_sum = 0,0,0,0,0.
         self._first_loss = torch.tensor(math.nan)
         self._measuring,self._batch_norm,self.stopped,self.diverged,self.missing,self.error = False,False,None,False,'',None
 
     def before_fit(self):
         self._start()
-        self._params = list({id(p):p for p,*_ in self.opt.all_params()}.values())
-        self._metric = OptMetric(self.opt, self._params)
+        self._meter = OptMeter(self.opt, self.beta)
         if self.pbar: self.pbar.update(0)
 
     def before_validate(self): raise CancelValidException
@@ -93,7 +89,7 @@ class BSFinder(Callback):
         if not len(self.yb): self._stop(error=ValueError("The training loader yields no target: a loss, and its gradient, need one. Give the loader targets, or set dls.n_inp"))
         if not n_examples(self.learn): self._stop(error=ValueError("The examples of a batch cannot be counted: neither its first target nor its first input is a tensor with the examples along its first axis"))
 
-# %% ../nbs/04_finder.ipynb #c9ec4d9a
+# %% ../nbs/04_finder.ipynb #6033a215
 @patch
 def before_train(self:BSFinder):
     self._drop_measurement()
@@ -117,26 +113,22 @@ def before_batch(self:BSFinder):
 @patch
 def _begin(self:BSFinder):
     "Begin a measurement; the first with second moments to divide by is the first of its kind"
-    adaptive = self._metric.adaptive
-    self._metric.refresh()
-    if self._metric.adaptive and not adaptive:
-        self._opt_average = NoiseAverage(self.beta)
-        for row in self._rows: row |= _columns(self._opt_average, 'opt_')
-    self._meter.sums = GradSums((self._metric,) if self._metric.adaptive else ())
+    if self._meter.begin():
+        for row in self._rows: row |= _columns(self._meter.in_opt, 'opt_')
     self._hessian_sums = HessianSums() if self.hessian else None
 
 @patch
 def _clear_grads(self:BSFinder):
-    for p in self._params: p.grad = None
+    for p in self._meter.params: p.grad = None
 
-# %% ../nbs/04_finder.ipynb #010e0186
+# %% ../nbs/04_finder.ipynb #c46c2769
 @patch
 def after_backward(self:BSFinder):
     if not self._measuring: return
-    grads,bs = [p.grad for p in self._params],n_examples(self.learn)
+    grads,bs = [p.grad for p in self._meter.params],n_examples(self.learn)
     if all(g is None for g in grads): self._leave_out('no batch gave a gradient')
-    scale = self._loss_scale
-    if not self._meter.add(grads, bs, scale or 1., skip_nonfinite=scale is not None or self._on_cpu):
+    scale = loss_scale(self.learn)
+    if not self._meter.sums.add(grads, bs, scale or 1., skip_nonfinite=scale is not None or self._on_cpu):
         self._check_loss()
         if scale is not None: return
         self._leave_out('the gradients are not finite')
@@ -145,13 +137,6 @@ def after_backward(self:BSFinder):
     self._loss_sum = self._loss_sum + self.learn.loss.detach().mean()*bs
     if self._meter.n_batch == self.n_batch: self._complete(bs, scale or 1.)
     elif not self.step_every_batch: self._skip_step()
-
-@patch(as_prop=True)
-def _loss_scale(self:BSFinder):
-    "What fp16 training multiplies the loss with at this batch; `None` without fp16"
-    for cb in self.learn.cbs:
-        if isinstance(cb, MixedPrecision) and self.scaler.is_enabled(): return self.scaler.get_scale()
-        if isinstance(cb, NonNativeMixedPrecision): return cb.loss_scale
 
 @patch(as_prop=True)
 def _on_cpu(self:BSFinder): return self.learn.loss.device.type == 'cpu'
@@ -166,44 +151,35 @@ def _skip_step(self:BSFinder):
     self._clear_grads()
     raise CancelBatchException
 
-# %% ../nbs/04_finder.ipynb #02db3437
-def _columns(average, prefix=''):
-    "The columns of `bs_stats` for one kind of noise scale"
-    lo,hi = average.interval()
-    raw = average.measured[-1] if average.measured else average.mean
-    vals = dict(noise=average.noise, scale=average.scale, noise_scale=average.noise_scale, lo=lo, hi=hi, raw_noise=raw.noise, raw_scale=raw.scale)
-    return {prefix + k:v for k,v in vals.items()}
-
+# %% ../nbs/04_finder.ipynb #4fd546f3
 @patch
 def _complete(self:BSFinder, bs, loss_scale):
     self._check_loss()
-    samples,n = self._meter.sums.samples,len(self._meter.measured)
-    loss,self._loss_sum = float(self._loss_sum/samples),0.
-    mean = self._meter.measure(loss_scale)
+    loss,self._loss_sum = float(self._loss_sum/self._meter.sums.samples),0.
+    finite,mean = self._meter.end(),self._meter.sums.pop_mean(loss_scale)
     self._to_train = self.n_train
-    if len(self._meter.measured) == n: self._leave_out('the gradients are not finite')
+    if not finite: self._leave_out('the gradients are not finite')
     noises,scales = self._meter.parts
     self.parts.append(np.stack([noises[0], scales[0]]))
-    self._opt_average.append(Noise(float(noises[-1] @ self._metric.lrs), float(scales[-1] @ self._metric.lrs)))
     if self.hessian: self._full_average.append(self._hessian_sums.noise_and_scale())
     if not self._rows:
         self._lr = float(self.opt.hypers[-1]['lr'])
         self._batch_norm = any(isinstance(m, _BatchNorm) and m.training for m in self.learn.model.modules())
-    row = dict(batch=self._spent + 1, step=self._steps, samples=self._seen + bs, loss=loss) | _columns(self._meter) | _columns(self._opt_average, 'opt_')
+    row = dict(batch=self._spent + 1, step=self._steps, samples=self._seen + bs, loss=loss) | self._meter.columns()
     self._rows.append(row | (_columns(self._full_average, 'full_') if self.hessian else {}))
     noise_scale,lo,hi = (row[f'opt_{c}'] for c in ('noise_scale', 'lo', 'hi'))
     if self.pbar and not math.isnan(hi): self.pbar.comment = f'noise scale at least {lo:.0f}' if hi == math.inf else f'noise scale {noise_scale:.0f}'
     if not self.step_every_batch:
-        for p,g in zip(self._params, mean): p.grad = None if g is None else g.to(p.dtype)
+        for p,g in zip(self._meter.params, mean): p.grad = None if g is None else g.to(p.dtype)
 
-# %% ../nbs/04_finder.ipynb #d0a5e22a
+# %% ../nbs/04_finder.ipynb #0639fa06
 @patch
 def before_backward(self:BSFinder):
     if not (self.hessian and self._measuring): return
-    try: self._hessian_sums.add(self.learn.loss_grad, self._params, self._meter.sums)
+    try: self._hessian_sums.add(self.learn.loss_grad, self._meter.params, self._meter.sums)
     except RuntimeError as e: self._stop(error=ValueError(f"hessian=True needs second derivatives of the loss, and one is missing: {e}. Leave hessian at False"))
 
-# %% ../nbs/04_finder.ipynb #c9138b4b
+# %% ../nbs/04_finder.ipynb #beba2d1c
 @patch
 def after_step(self:BSFinder): self._steps += 1
 
@@ -227,8 +203,8 @@ def after_batch(self:BSFinder):
 def stats(self:BSFinder) -> pd.DataFrame: # A row per measurement, and in `attrs` what it was taken with
     "The measurements so far"
     early = f"Stopped after {self._spent} of {self.num_it} batches: a callback, or the end of the data, ended the training." if self._spent < self.num_it else None
-    res = pd.DataFrame(self._rows, columns=['batch', 'step', 'samples', 'loss', *_columns(self._meter), *_columns(self._meter, 'opt_'), *(_columns(self._meter, 'full_') if self.hessian else ())])
-    res.attrs.update(first_loss=float(self._first_loss), opt='adam' if self._metric.adaptive else 'sgd', bs=self._bs, lr=self._lr, num_it=self.num_it, n_batch=self.n_batch, beta=self.beta, n_train=self.n_train,
+    res = pd.DataFrame(self._rows, columns=['batch', 'step', 'samples', 'loss', *(c for prefix in ('', 'opt_', 'full_')[:2 + self.hessian] for c in _columns(self._full_average, prefix))])
+    res.attrs.update(first_loss=float(self._first_loss), opt='adam' if self._meter and self._meter.metric.adaptive else 'sgd', bs=self._bs, lr=self._lr, num_it=self.num_it, n_batch=self.n_batch, beta=self.beta, n_train=self.n_train,
                      step_every_batch=self.step_every_batch, batch_norm=self._batch_norm, stopped=self.stopped or early, diverged=self.diverged, missing=self.missing)
     return res
 
@@ -300,7 +276,7 @@ def _profile(learn, stats, step_seconds, budget):
         best = fastest(stats)
         if best is None or best in a['step_time'] or timed([best], end - time.perf_counter()): break
 
-# %% ../nbs/04_finder.ipynb #5ca84884
+# %% ../nbs/04_finder.ipynb #bc5d227d
 @patch
 def bs_find(self:Learner,
     lr:float|slice|list|None=None, # Learning rate of the mock training, as in `fit`; `None`: the learner's
@@ -341,7 +317,7 @@ def bs_find(self:Learner,
     if cb.error: raise cb.error
 
     self.recorder.bs_stats,self.recorder.bs_table = stats,bs_table(stats)
-    self.recorder.bs_layers = layer_table(self.model, cb._params, np.reshape(cb.parts, (-1, 2, len(cb._params))), beta)
+    self.recorder.bs_layers = layer_table(self.model, cb._meter.params, np.reshape(cb.parts, (-1, 2, len(cb._meter.params))), beta)
     for name,f in zip(names, funcs): stats.attrs['suggested'][name] = f(stats)
     if self.logger is not noop: print(bs_summary(stats))
     if show_plot and len(stats): self.recorder.plot_bs_find()

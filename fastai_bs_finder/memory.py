@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Memory', 'estimate_memory']
 
-# %% ../nbs/07_memory.ipynb #0215d430
+# %% ../nbs/07_memory.ipynb #f6d0f6f0
 import gc, math, sys, time, weakref
 from contextlib import nullcontext
 from numbers import Real
@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastcore.basics import patch
 from fastai.callback.core import Callback
 from fastai.learner import Learner
-from .steps import _check_empty, _check_model, mock_training, n_train_examples, out_of_memory, run_steps
+from .steps import batch_size, _check_empty, _check_model, mock_training, n_train_examples, out_of_memory, run_steps
 
 # %% ../nbs/07_memory.ipynb #d33f321f
 def _readable(
@@ -160,7 +160,7 @@ def _host_available(root=Path('/sys/fs/cgroup')):
         except (OSError, ValueError, KeyError): pass  # not there, or without a limit
     return max(res, 0)
 
-# %% ../nbs/07_memory.ipynb #3e5b15fc
+# %% ../nbs/07_memory.ipynb #c92e01a2
 def _probe_sizes(bs, most):
     small = 1 if bs == 1 else max(bs//4, 2)
     return sorted({min(small, most), min(max(bs, 2*small), most)})
@@ -178,7 +178,7 @@ def _warm_up():
 def _estimate(learn, meter, bs, seconds=math.inf):
     end,took = time.perf_counter() + seconds,0.
     dl = learn.dls.train
-    bs,most = bs or getattr(dl, 'bs', None) or getattr(dl, 'batch_size', None),n_train_examples(learn) or sys.maxsize
+    bs,most = bs or batch_size(dl),n_train_examples(learn) or sys.maxsize
     if not bs: return
     while not meter.points:
         for b in _probe_sizes(bs, most):
@@ -206,7 +206,7 @@ def estimate_memory(
     "Estimate the memory of a training step from two small probes. Raises `torch.OutOfMemoryError` where not even they fit"
     return _estimate(learn, _meter(learn), bs, seconds)
 
-# %% ../nbs/07_memory.ipynb #cacdbf58
+# %% ../nbs/07_memory.ipynb #51c59ed5
 _tries,_growth = 12,8
 
 def _climb(learn, meter, margin, most):
@@ -240,4 +240,5 @@ def max_bs(self:Learner,
         if check is None: check = _device(self).type == 'cuda'
         res = _climb(self, meter, margin, most) if check else min(mem.max_bs(margin), most)
     if res < 1: raise torch.OutOfMemoryError(f"Not even one example fits: {mem}, of which margin={margin} is to be used. Free memory, raise margin, or train a smaller model")
+    if hasattr(self, 'recorder'): self.recorder.bs_fits = res
     return res

@@ -70,14 +70,16 @@ def noiseless_mean(
     w = 1/(1 + x/bs)
     return float((1 - w).sum()*bs/w.sum()) if w.any() else math.inf
 
-# %% ../nbs/08_predict.ipynb #96906388
+# %% ../nbs/08_predict.ipynb #a00c920e
+_trusted = 4  # an estimate further above its lower end than that is mostly noise: |G|² is less than two thirds of its standard error
+
 def mean_noise_scale(
     stats:pd.DataFrame, # Measurements of a mock training: `learn.recorder.bs_stats`
 ) -> tuple|None: # Noise scale, lower and upper end of its interval, in examples; the upper end is infinite where that of the last measurement is. `None` where nothing can be said
-    "The noise scale averaged over the mock training, with the interval that those of the measurements imply. Where a measurement has no upper end, its lower one counts"
+    "The noise scale averaged over the mock training, with the interval that those of the measurements imply. Where a measurement has no upper end, it counts with at most four times its lower end, and with that itself where |G|² came out negative"
     x = noise_in_use(stats)
     x = x[(x.noise > 0) & ((x.scale > 0) | (x.hi == math.inf))]
-    best = np.where(x.hi == math.inf, x.lo, x.noise_scale)
+    best = np.where(x.hi == math.inf, np.where(x.scale > 0, np.minimum(x.noise_scale, _trusted*x.lo), x.lo), x.noise_scale)
     known = best > 0
     if not known.any(): return
     bs = stats.attrs['bs']

@@ -57,7 +57,7 @@ mk_class('BSSuggestion', **{f.__name__.capitalize():f for f in (critical, fastes
          doc="All suggestion functions as attributes, for tab-completion")
 _all_ = ['BSSuggestion']
 
-# %% ../nbs/02_suggest.ipynb #439782ed
+# %% ../nbs/02_suggest.ipynb #a3eae0dd
 def _more(stats):
     "How to learn more: a longer run, longer measurements within an epoch, or a longer average"
     a,ways = stats.attrs,[]
@@ -90,16 +90,17 @@ def _noise_scale_in_words(stats):
 def _gain_in_words(stats, bs):
     "What the fastest batch size gains in time"
     bs0,row = stats.attrs['bs'],bs_table(stats).loc[bs]
-    open_end = mean_noise_scale(stats)[2] == math.inf
     if bs0/1.25 < bs < 1.25*bs0 or row.time > .95: return f"On this machine, no batch size should be much faster than bs={bs0}."
-    at_most = 'at most ' if open_end and bs > bs0 else ''
-    sure = '' if at_most or row.time_lo == row.time_hi else f" ({_ratio(row.time_lo)}-{_ratio(row.time_hi)})"
+    def range_(q):
+        if bs > bs0 and mean_noise_scale(stats)[2] == math.inf: return f" (at most {_ratio(row[f'{q}_hi'])})"
+        return f" ({_ratio(row[f'{q}_lo'])}-{_ratio(row[f'{q}_hi'])})" if q == 'time' and row.time_lo != row.time_hi else ''
     times = f"{_ratio(row.examples)} times the"
-    return f"bs={bs} should reach the same loss in {at_most}{_ratio(row.time)} of the time of bs={bs0}{sure}, seeing {at_most}{times} examples: use lr≈{_lr(row.lr)}, about {times} epochs."
+    return f"bs={bs} should reach the same loss in {_ratio(row.time)} of the time of bs={bs0}{range_('time')}, seeing {times} examples{range_('examples')}: use lr≈{_lr(row.lr)}, about {times} epochs."
 
 def _steps_in_words(stats, bs):
     "What the critical batch size gains in steps"
-    bs0,(B,_,hi) = stats.attrs['bs'],mean_noise_scale(stats)
+    bs0,(B,lo,hi) = stats.attrs['bs'],mean_noise_scale(stats)
+    if hi == math.inf: B = lo
     about = 'at most' if hi == math.inf else 'about'
     steps,examples = _ratio(rel_steps(bs, bs0, B)),_ratio(rel_examples(bs, bs0, B))
     if bs > 1.25*bs0: return f"bs={bs} should reach the same loss in {about} {steps} of the steps of bs={bs0}, seeing {about} {examples} times the examples."

@@ -14,7 +14,7 @@ from fastai_bs_finder import memory
 from fastai_bs_finder.all import *
 from fastai_bs_finder.demo import digits_learner
 from fastai_bs_finder.steps import mock_training
-from footprint import changes, state
+from footprint import changes, forget, state
 from learners import digits, loaders, maker, mlp, stream, tabular
 
 
@@ -131,7 +131,9 @@ def quiet(learn, f):
     "The result of `f`, after which `learn` is as it was"
     was = state(learn)
     try: return f(learn)
-    finally: assert changes(was, state(learn)) == []
+    finally:
+        forget(learn)
+        assert changes(was, state(learn)) == []
 
 
 @pytest.mark.parametrize('most', [3, 20, 70, 300])

@@ -64,6 +64,7 @@ def test_the_mean_noise_scale():
     t = bs_table(measured((-5, nan, nan), (100, 0, 400), (100, 0, 400)))
     assert t.lr_lo[256] == .1 and t.steps_hi[256] == 1   # no noise at all, for all we know
     assert mean_noise_scale(measured((-50, 300, inf)))[2] == inf
+    for ns,used in (600, 600), (10**6, 800), (-50, 200): assert mean_noise_scale(measured((ns, 200, inf)))[0] == pytest.approx(used)
     for rows in ([(-50, 0, inf)], [(-50, nan, nan)]): assert mean_noise_scale(measured(*rows)) is None
 
 
@@ -131,7 +132,8 @@ def test_suggestions_stay_within_data_and_memory():
 @pytest.mark.parametrize('stats,words', [
     (measured(*known, step_time=linear, max_bs=3000), "bs=256 should reach the same loss in 0.61 of the time of bs=64 (0.58-0.65), seeing 1.4 times the examples: use lr≈0.28, about 1.4 times the epochs."),
     (measured(*[(6, 5, 7)]*3, step_time=linear), "On this machine, no batch size should be much faster than bs=64."),
-    (measured(*[(-5, 400, inf)]*3, step_time=linear), "should reach the same loss in at most 0.6"),
+    (measured(*[(-5, 400, inf)]*3, step_time=linear), "bs=256 should reach the same loss in 0.61 of the time of bs=64 (at most 0.61), seeing 1.4 times the examples (at most 1.4)"),
+    (measured(*[(600, 200, inf)]*3, step_time=linear), "bs=384 should reach the same loss in 0.55 of the time of bs=64 (at most 0.82), seeing 1.5 times the examples (at most 2.2)"),
     (measured(*known), "bs=512 should reach the same loss in about 0.25 of the steps of bs=64"),
     (measured(*known, profile_note="How fast other batch sizes are on this machine is not known, the loader does not listen."), "is not known, the loader does not listen."),
     (measured(*known, step_time=linear, max_bs=200), "A larger batch would do, but only about 200 examples fit in memory: accumulate the gradients of several."),
