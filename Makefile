@@ -48,6 +48,7 @@ bench: install
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python -W ignore benchmarks/prediction.py
+	$(BIN)/python -W ignore benchmarks/growing.py
 
 training: install
 	rm -f benchmarks/training.csv

@@ -8,3 +8,7 @@ from .suggest import *
 from .plot import *
 from .layers import *
 from .finder import *
+from .accumulate import *
+from .set_bs import *
+from .track import *
+from .grow import *

@@ -23,7 +23,7 @@ def _show_once(fig):
     if 'inline' in plt.get_backend(): fig._ipython_display_ = show
     return fig
 
-# %% ../nbs/03_plot.ipynb #957966c5
+# %% ../nbs/03_plot.ipynb #d442bdd6
 _colors = plt.rcParamsDefault['axes.prop_cycle'].by_key()['color'][1:]
 
 def _suggested(stats): return {k:v for k,v in stats.attrs['suggested'].items() if isinstance(v, Real) and v > 0}
@@ -32,7 +32,7 @@ def _plot_noise(stats, ax):
     x,bs,suggested = noise_in_use(stats),stats.attrs['bs'],_suggested(stats)
     line = x.noise_scale.where(x.scale > 0)
     raw = (x.raw_noise/x.raw_scale).where(x.raw_scale > 0)
-    shown = np.concatenate([line, x.lo, x.hi, [bs], list(suggested.values())]).astype(float)
+    shown = np.concatenate([line, x.lo, x.hi, stats.get('bs', [bs]), list(suggested.values())]).astype(float)
     shown = shown[np.isfinite(shown) & (shown >= 1)]
     bottom,top = shown.min()/2,shown.max()*2
 
@@ -42,7 +42,8 @@ def _plot_noise(stats, ax):
     off = stats.batch[x.raw_noise.notna() & ~(raw <= top)]
     ax.plot(off, np.full(len(off), top), '^', c='C0', ms=5, mew=0, alpha=.35, clip_on=False)
     for color,(name,val) in zip(_colors, suggested.items()): ax.axhline(val, c=color, ls='--', lw=1.2, label=f'{name}: {val}')
-    ax.axhline(bs, c='grey', ls=':', lw=1.5, label=f'in use: {bs}')
+    if 'bs' in stats and stats.bs.nunique() > 1: ax.step(stats.batch, stats.bs, where='post', c='grey', ls=':', lw=1.5, label=f'in use: {stats.bs.iloc[0]} to {bs}')
+    else: ax.axhline(bs, c='grey', ls=':', lw=1.5, label=f'in use: {bs}')
     ax.set_yscale('log', base=2)
     ax.yaxis.set_major_formatter('{x:.0f}')
     ax.set(xlabel='Batches seen', ylabel='Noise scale (examples)', ylim=(bottom, top))

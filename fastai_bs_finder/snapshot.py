@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['Snapshot', 'no_footprint']
 
-# %% ../nbs/01_snapshot.ipynb #14f7a910
+# %% ../nbs/01_snapshot.ipynb #8f05414b
 import copyreg, random, signal, socket, sys, threading, traceback, weakref
 from argparse import Namespace
 from collections import OrderedDict, UserDict, UserList, deque
+from collections.abc import Iterable
 from contextlib import contextmanager
 from functools import partial
 from multiprocessing.process import BaseProcess
@@ -79,13 +80,14 @@ class _CtrlC:
         self.holding = False
         if self.pressed: self.before(*self.pressed)
 
-# %% ../nbs/01_snapshot.ipynb #4af33a41
+# %% ../nbs/01_snapshot.ipynb #393f1432
 class Snapshot:
     "Remember the state of `learn`, to `restore` it later"
     def __init__(self,
         learn:Learner, # The learner; it is not changed
+        but:Iterable=(), # Objects to leave out
     ):
-        self._seen,self._undo,self._tensors,self._loaders = {id(learn): (learn, False)},[],[],[]
+        self._seen,self._undo,self._tensors,self._loaders = {id(o): (o, False) for o in (learn, *but)},[],[],[]
         self._grad_mode = torch.is_grad_enabled()
         self._undo_dict(vars(learn))
         self._todo = [(v, k == 'dls') for k,v in vars(learn).items()]

@@ -53,3 +53,13 @@ def pytest_terminal_summary(terminalreporter, config):
     cells = [(*cell, 'yes' if r.passed else 'no') for r in reports for key,cell in r.user_properties if key == 'works with']
     table = pd.DataFrame(cells, columns=['kind', 'name', 'column', 'value']).pivot(index=['kind', 'name'], columns='column', values='value')
     table[['works', 'footprint-free']].to_csv(file)
+
+
+@pytest.fixture
+def offline_wandb(monkeypatch):
+    "fastai's `WandbCallback` describes each argument by `init_args`, which in today's fastcore fails for None"
+    import fastai.callback.wandb as fastai_wandb, wandb
+    init_args = fastai_wandb.init_args
+    monkeypatch.setattr(fastai_wandb, 'init_args', lambda o: init_args(o) if hasattr(o, '__dict__') else {})
+    yield
+    if wandb.run: wandb.finish()

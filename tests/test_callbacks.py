@@ -2,7 +2,7 @@
 from collections import deque
 from functools import partial
 
-import fastai.callback.wandb as fastai_wandb, pytest, torch, wandb
+import pytest, torch, wandb
 from torch import nn
 from fastai.basics import (Adam, Callback, CancelBatchException, CancelFitException, CancelStepException, CrossEntropyLossFlat, Learner, OptimWrapper, SGD,
                            accuracy, set_seed)
@@ -131,12 +131,7 @@ def plain_half():
 
 
 @pytest.fixture(autouse=True)
-def offline_wandb(monkeypatch):
-    "fastai's `WandbCallback` describes each argument by `init_args`, which in today's fastcore fails for None"
-    init_args = fastai_wandb.init_args
-    monkeypatch.setattr(fastai_wandb, 'init_args', lambda o: init_args(o) if hasattr(o, '__dict__') else {})
-    yield
-    if wandb.run: wandb.finish()
+def quiet_wandb(offline_wandb): pass
 
 
 class StoreScaled(Store):

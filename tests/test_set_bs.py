@@ -1,0 +1,157 @@
+"`learn.set_bs` on every kind of learner"
+from collections import namedtuple
+
+import pytest, torch
+from torch.utils import data as torch_data
+from fastai.basics import Callback, DataLoader, DataLoaders
+from fastai.callback.training import GradientAccumulation
+from hypothesis import given, strategies as st
+
+from fastai_bs_finder.accumulate import AccumulateGrads
+from fastai_bs_finder.finder import *
+from fastai_bs_finder.memory import *
+from fastai_bs_finder.set_bs import micro_bs
+from fastai_bs_finder.steps import batch_size, n_examples, n_train_examples
+from fastai_bs_finder.demo import digits_learner
+from footprint import changes, state
+from learners import Learner, applications, digits, loaders, maker, mlp, nn
+
+
+class Sizes(Callback):
+    order,run_valid = 70,False
+    def before_fit(self): self.sizes,self.steps = [],0
+    def after_batch(self): self.sizes.append(n_examples(self.learn))
+    def after_step(self): self.steps += 1
+
+
+def quiet_fit(learn, n_epoch=1, cbs=(), lr=1e-3):
+    with learn.no_bar(), learn.no_logging(): learn.fit(n_epoch, lr, cbs=list(cbs))
+
+
+@pytest.mark.parametrize('name', applications)
+def test_every_application(name, fastai_data):
+    "The loader yields that size, an epoch has all examples that it should, training runs, and the way back"
+    make,lr = maker(name, fastai_data)
+    learn = make()
+    with learn.no_logging(): learn.set_bs(12)
+    assert batch_size(learn.dls.train) == 12
+    sizes,n = Sizes(),n_train_examples(learn)
+    stream = 'stream' in name  # has no length, which fit needs
+    if not stream:
+        quiet_fit(learn, 1, [sizes], 1e-4)
+        assert set(sizes.sizes[:-1]) == {12}
+        assert sum(sizes.sizes) == (n - n % 12 if learn.dls.train.drop_last else n)
+    with learn.no_logging(): learn.set_bs(24, fits=12)
+    assert batch_size(learn.dls.train) == 12 and any(isinstance(o, AccumulateGrads) for o in learn.cbs)
+    if not stream:
+        quiet_fit(learn, 1, [sizes], 1e-4)
+        assert sizes.steps == -(-len(sizes.sizes)//2)
+    old = batch_size(make().dls.train)
+    with learn.no_logging(): learn.set_bs(old)
+    assert batch_size(learn.dls.train) == old and not any(isinstance(o, GradientAccumulation) for o in learn.cbs)
+
+
+class Index(torch_data.Dataset):
+    def __init__(self, n): self.n = n
+    def __len__(self): return self.n
+    def __getitem__(self, i): return torch.tensor([float(i)]),torch.tensor([float(i)])
+
+
+class Seen(Callback):
+    run_valid = False
+    def before_fit(self): self.seen = []
+    def before_batch(self): self.seen += self.y.flatten().int().tolist()
+
+
+@pytest.mark.parametrize('kind', ('fastai', 'PyTorch'))
+@pytest.mark.parametrize('drop_last', (False, True))
+@pytest.mark.parametrize('bs', (1, 7, 32, 100))
+def test_an_epoch_sees_every_example_once_in_random_order(kind, drop_last, bs):
+    make = DataLoader if kind == 'fastai' else torch_data.DataLoader
+    learn = Learner(DataLoaders(make(Index(100), 8, shuffle=True, drop_last=drop_last), make(Index(100), 8)), nn.Linear(1, 1), loss_func=nn.functional.mse_loss)
+    with learn.no_logging(): learn.set_bs(bs)
+    seen = Seen()
+    quiet_fit(learn, cbs=[seen], lr=0.)
+    assert len(seen.seen) == len(set(seen.seen)) == (100 - 100 % bs if drop_last else 100) and seen.seen != sorted(seen.seen)
+    assert batch_size(learn.dls.valid) == bs
+
+
+@given(bs=st.integers(1, 5000), fits=st.integers(1, 5000))
+def test_micro_batches(bs, fits):
+    m = micro_bs(bs, fits)
+    assert 1 <= m <= fits and (m == bs if bs <= fits else m > fits/2)
+    k = -(-bs//m)
+    if bs > fits: assert k*m - bs <= min((-(-bs//c)*c - bs for c in range(fits//2 + 1, fits + 1)))
+
+
+def test_what_it_says(capsys):
+    learn = digits_learner()
+    assert learn.set_bs(64) is learn
+    learn.set_bs(256, fits=100)
+    learn.dls.train.drop_last = True
+    learn.set_bs(800)
+    out = capsys.readouterr().out.splitlines()
+    n = learn.dls.train.n
+    assert out[0] == f"Batches of 64 examples, {-(-n//64)} steps per epoch."
+    assert out[1] == f"Batches of 86 examples, the gradients of 3 accumulated: 258 examples per step, {-(-(-(-n//86))//3)} steps per epoch."
+    assert f"drop_last=True leaves {n - 800} of {n:,} examples out of each epoch" in out[2]
+
+
+def test_the_answer_of_bs_find_and_its_advice(capsys):
+    learn = digits_learner()
+    sug = learn.bs_find(.1, 300, show_plot=False)
+    learn.set_bs(sug)
+    assert learn.dls.bs == (sug.fastest or sug.critical)
+    row = learn.recorder.bs_table.loc[learn.dls.bs]
+    assert "bs_find's advice for it: lr≈" in capsys.readouterr().out.splitlines()[-1] or learn.dls.bs == 16
+    Sug = namedtuple('Sug', 'critical fastest')
+    assert learn.set_bs(Sug(32, None)).dls.bs == 32 and learn.set_bs(Sug(32, 48)).dls.bs == 48
+    with pytest.raises(ValueError, match='no batch size in Sug'): learn.set_bs(Sug(None, None))
+
+
+def test_memory_is_respected_if_it_is_known(monkeypatch):
+    learn = digits_learner()
+    learn.recorder.bs_fits = 40
+    assert learn.set_bs(64).dls.bs == 32 and learn.accumulate_grads.n_acc == 64
+    assert learn.set_bs(64, fits=64).dls.bs == 64
+    del learn.recorder.bs_fits
+    most = learn.max_bs()
+    assert learn.recorder.bs_fits == most
+
+
+def test_the_validation_loader_follows_if_it_had_the_same_size():
+    learn = digits_learner()
+    learn.dls.valid.bs = 100
+    assert learn.set_bs(32).dls.valid.bs == 100
+    learn.dls.valid.bs = 32
+    assert learn.set_bs(64).dls.valid.bs == 64
+
+
+def test_back_again_is_no_footprint():
+    learn = digits_learner()
+    was = state(learn)
+    with learn.no_logging(): learn.set_bs(64, fits=32).set_bs(16)
+    assert changes(was, state(learn)) == []
+
+
+@pytest.mark.parametrize('bs,kwargs,words', [
+    (0, {}, 'bs=0 is not a whole number of 1 or more'), (2.5, {}, 'bs=2.5'), (True, {}, 'bs=True'), (None, {}, 'bs=None'), (10**6, {}, r'bs=1000000 is more than the 1,\d+ examples of the training set'),
+    (64, dict(fits=0), 'fits=0 is not'), (64, dict(fits='a'), "fits='a'")])
+def test_bad_input(bs, kwargs, words):
+    learn = digits_learner()
+    was = state(learn)
+    with pytest.raises(ValueError, match=words): learn.set_bs(bs, **kwargs)
+    assert changes(was, state(learn)) == []
+
+
+def test_what_cannot_be_set():
+    X,y = digits()
+    ds = torch_data.TensorDataset(X[:64], y[:64])
+    own = torch_data.DataLoader(ds, batch_sampler=[[0, 1], [2, 3]])
+    for dl in (own, torch_data.DataLoader(ds, batch_size=None), [(X[:4], y[:4])]):
+        learn = Learner(DataLoaders(dl, dl), mlp(), loss_func=nn.functional.cross_entropy)
+        with pytest.raises(ValueError, match='has no batch size to set'): learn.set_bs(8)
+    learn = digits_learner()
+    learn.add_cb(GradientAccumulation(64))
+    with pytest.raises(ValueError, match=r'accumulates gradients already, with GradientAccumulation.*learn.remove_cb\(GradientAccumulation\)'): learn.set_bs(32)
+    assert learn.dls.bs == 16

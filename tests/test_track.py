@@ -1,0 +1,324 @@
+"`NoiseScale` leaves no trace in a training, tells the truth, costs what it may, and is seen where people look"
+import csv, math, time
+from functools import partial
+
+import numpy as np, pandas as pd, pytest, torch
+from torch import nn
+from torch.utils import data as torch_data
+from fastai.basics import Adam, Callback, CrossEntropyLossFlat, DataLoader, DataLoaders, Learner, SGD, set_seed
+from fastai.callback.all import CSVLogger, GradientClip, MixUp, ParamScheduler
+from fastai.callback.fp16 import MixedPrecision
+from fastai.learner import Recorder
+from fastai.callback.training import GradientAccumulation
+
+from fastai_bs_finder import track
+from fastai_bs_finder.accumulate import AccumulateGrads
+from fastai_bs_finder.demo import digits_learner
+from fastai_bs_finder.finder import *
+from fastai_bs_finder.predict import noise_in_use
+from fastai_bs_finder.track import NoiseScale
+from footprint import same, trained
+from learners import Stream, applications, digits, loaders, maker
+from reference import ema, flat_grad, paper_estimate, per_example_truth
+
+
+def often(**kwargs): return NoiseScale(**(dict(share=None, n_batch=3, every=3) | kwargs))
+
+
+def quiet_fit(learn, n_epoch=2, cbs=(), how='fit_one_cycle', **kwargs):
+    with learn.no_bar(), learn.no_logging(): getattr(learn, how)(n_epoch, cbs=list(cbs), **kwargs)
+    return learn
+
+
+def dropout_and_batch_norm():
+    set_seed(1)
+    X,y = digits()
+    model = nn.Sequential(nn.Linear(64, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(.3), nn.Linear(16, 10))
+    return Learner(loaders(list(zip(X[:480], y[:480]))), model, loss_func=CrossEntropyLossFlat())
+
+
+def comparable(learn):
+    "What a training leaves behind, but for the noise scale's own column"
+    res = trained(learn)
+    if 'noise_scale' in learn.recorder.metric_names: res['values'] = [v[:-1] for v in res['values']]
+    return res
+
+
+def assert_no_trace(make, fit, cb):
+    learn = make()
+    fit(learn, cbs=[cb])
+    after,other = comparable(learn),make()
+    fit(other, cbs=[])
+    without = comparable(other)
+    assert len(learn.recorder.noise_scale) > 1 and [k for k in after if not same(after[k], without[k])] == []
+    assert type(learn.cbs) == type(other.cbs) and len(learn.metrics) == len(other.metrics) and not any(p._backward_hooks for p in learn.model.parameters())
+    return learn
+
+
+@pytest.mark.parametrize('cbs', ([], [partial(MixUp)], [partial(GradientClip, .1)], [partial(GradientAccumulation, 32)], [partial(AccumulateGrads, 40)]), ids=str)
+@pytest.mark.parametrize('how', ('fit', 'fit_one_cycle'))
+def test_no_trace(cbs, how):
+    assert_no_trace(dropout_and_batch_norm, lambda learn, cbs_=cbs, cbs=(): quiet_fit(learn, 2, [*cbs, *(c() for c in cbs_)], how), often())
+
+
+slow_to_train = 'vision: unet_learner, segmentation',
+@pytest.mark.parametrize('name', [n for n in applications if 'stream' not in n and n not in slow_to_train])
+def test_no_trace_on_any_kind_of_learner(name, fastai_data):
+    "In the loss, the weights, the optimizer, the random states"
+    make,lr = maker(name, fastai_data)
+    assert_no_trace(make, lambda learn, cbs: quiet_fit(learn, 1 if 'vision' in name or 'text' in name else 2, cbs, 'fit', lr=lr), often(n_batch=2))
+
+
+class OwnRandom(torch_data.Dataset):
+    "Adds noise from a generator of its own, so whoever draws from it is noticed"
+    def __init__(self): self.rng,(self.X,self.y) = np.random.default_rng(3),digits()
+    def __len__(self): return 240
+    def __getitem__(self, i): return self.X[i] + torch.tensor(self.rng.normal(size=64)).float(),self.y[i]
+
+
+@pytest.mark.parametrize('kind', ('fastai', 'PyTorch', 'PyTorch, generator'))
+@pytest.mark.parametrize('workers', (0, 2))
+def test_no_trace_in_the_data(kind, workers):
+    def make():
+        set_seed(2)
+        ds = OwnRandom()
+        if kind == 'fastai': dl = DataLoader(ds, bs=16, shuffle=True, num_workers=workers)
+        else: dl = torch_data.DataLoader(ds, 16, shuffle=True, num_workers=workers, persistent_workers=workers > 0, generator=torch.Generator().manual_seed(3) if 'generator' in kind else None)
+        return Learner(DataLoaders(dl, loaders(list(zip(*digits()))[:48]).valid), nn.Linear(64, 10), loss_func=CrossEntropyLossFlat())
+    assert_no_trace(make, lambda learn, cbs: quiet_fit(learn, 2, cbs), often())
+
+
+def test_one_measurement_equals_the_paper():
+    "At the weights of the training, from the second loader's batches, by stored gradients"
+    X,y = digits()
+    set_seed(1)
+    dl = DataLoader(list(zip(X[:160], y[:160])), bs=16)
+    learn = Learner(DataLoaders(dl, dl), nn.Linear(64, 10), loss_func=CrossEntropyLossFlat(), opt_func=SGD, lr=.1, wd=0.)
+    quiet_fit(learn, 2, [often()], 'fit')
+    s = learn.recorder.noise_scale
+    first = s.iloc[0]
+    model = after_steps(X, y, int(first.batch))
+    grads = []
+    for i in range(3):
+        model.zero_grad()
+        nn.functional.cross_entropy(model(X[16*i:16*i + 16]), y[16*i:16*i + 16]).backward()
+        grads.append(flat_grad(model))
+    assert (first.raw_noise, first.raw_scale) == pytest.approx(paper_estimate(grads, 16), rel=1e-4)
+    assert list(zip(s.noise, s.scale))[-1] == pytest.approx(ema(list(zip(s.raw_noise, s.raw_scale)), .9)[-1])
+
+
+def after_steps(X, y, n):
+    "That linear model after `n` steps of plain SGD over the data in order"
+    set_seed(1)
+    model = nn.Linear(64, 10)
+    for i in range(n):
+        idxs = slice(16*(i % 10), 16*(i % 10) + 16)
+        model.zero_grad()
+        nn.functional.cross_entropy(model(X[idxs]), y[idxs]).backward()
+        with torch.no_grad():
+            for p in model.parameters(): p -= .1*p.grad
+    return model
+
+
+def test_windows_equal_the_paper():
+    "With accumulation: the micro-batches of each window, by stored gradients"
+    X,y = digits()
+    def make():
+        set_seed(1)
+        dl = DataLoader(list(zip(X[:160], y[:160])), bs=8)
+        return Learner(DataLoaders(dl, dl), nn.Sequential(nn.Linear(64, 12), nn.Tanh(), nn.Linear(12, 10)), loss_func=CrossEntropyLossFlat(), opt_func=SGD, lr=.1, wd=0.)
+    learn = quiet_fit(make(), 1, [AccumulateGrads(40), often(every=1)], 'fit')
+    s,model = learn.recorder.noise_scale,make().model
+    assert len(s) == 4 and (s.bs == 40).all()
+    for w in range(4):
+        grads = []
+        for i in range(5):
+            model.zero_grad()
+            nn.functional.cross_entropy(model(X[40*w + 8*i:40*w + 8*i + 8]), y[40*w + 8*i:40*w + 8*i + 8]).backward()
+            grads.append(flat_grad(model))
+        assert (s.raw_noise[w], s.raw_scale[w]) == pytest.approx(paper_estimate(grads, 8), rel=1e-3)
+        mean,j = torch.stack(grads).mean(0),0
+        with torch.no_grad():
+            for p in model.parameters():
+                p.sub_(.1*mean[j:j + p.numel()].view_as(p).float())
+                j += p.numel()
+
+
+def test_tied_weights_and_windows():
+    "A parameter that is used twice has one gradient"
+    X,y = digits()
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a,self.out = nn.Linear(64, 64),nn.Linear(64, 10)
+        def forward(self, x): return self.out(self.a(self.a(x).tanh()).tanh())
+    def make():
+        set_seed(1)
+        dl = DataLoader(list(zip(X[:160], y[:160])), bs=8)
+        return Learner(DataLoaders(dl, dl), Tied(), loss_func=CrossEntropyLossFlat(), opt_func=SGD, lr=0., wd=0.)
+    s = quiet_fit(make(), 1, [AccumulateGrads(160), often(every=1)], 'fit').recorder.noise_scale
+    model,grads = make().model,[]
+    for i in range(20):
+        model.zero_grad()
+        nn.functional.cross_entropy(model(X[8*i:8*i + 8]), y[8*i:8*i + 8]).backward()
+        grads.append(flat_grad(model))
+    assert (s.raw_noise[0], s.raw_scale[0]) == pytest.approx(paper_estimate(grads, 8), rel=1e-3)
+
+
+class Scaled(Callback):
+    "The loss times a power of two, as fp16 training has it"
+    order = MixedPrecision.order
+    def before_backward(self): self.learn.loss_grad = self.loss_grad*1024
+    def before_step(self):
+        for p in self.model.parameters(): p.grad /= 1024
+
+
+@pytest.mark.parametrize('window', (False, True))
+def test_loss_scaling(window, monkeypatch):
+    def measured(scale):
+        monkeypatch.setattr(track, 'loss_scale', lambda learn: scale)
+        learn = quiet_fit(dropout_and_batch_norm(), 1, [often()] + [AccumulateGrads(48)]*window + [Scaled()]*(scale is not None), 'fit', lr=1e-3)
+        return learn.recorder.noise_scale
+    a,b = measured(None),measured(1024.)
+    assert len(a) > 3
+    np.testing.assert_allclose(a[['noise', 'scale', 'opt_noise', 'opt_scale']], b[['noise', 'scale', 'opt_noise', 'opt_scale']], rtol=1e-3)
+
+
+def test_agrees_with_bs_find_and_the_truth():
+    "At weights that do not move"
+    X,y = digits()
+    def learner():
+        set_seed(3)
+        ds = list(zip(X[:1280], y[:1280]))
+        return Learner(DataLoaders(DataLoader(ds, bs=16, shuffle=True), DataLoader(ds[:16], bs=16)), nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10)), loss_func=CrossEntropyLossFlat(), opt_func=SGD, wd=0.)
+    warm = quiet_fit(learner(), 1, how='fit', lr=.1)
+    S,G2 = per_example_truth(warm.model, X[:1280], y[:1280])
+    def at_weights():
+        learn = learner()
+        learn.model.load_state_dict(warm.model.state_dict())
+        return learn
+    tracked = quiet_fit(at_weights(), 3, [NoiseScale(n_batch=20, share=None, beta=.98)], 'fit', lr=0.).recorder.noise_scale.iloc[-1]
+    window = quiet_fit(at_weights(), 6, [AccumulateGrads(320), NoiseScale(share=None, beta=.98)], 'fit', lr=0.).recorder.noise_scale.iloc[-1]
+    found = at_weights()
+    with found.no_logging(): found.bs_find(0., 480, 20, .98, 0, show_plot=False, profile=False)
+    for row in (tracked, window, found.recorder.bs_stats.iloc[-1]): assert row.lo < S/G2 < row.hi and row.hi < 3*row.lo
+
+
+@pytest.mark.parametrize('share', (.05, .1, .5))
+@pytest.mark.parametrize('window', (False, True))
+def test_cost(share, window, monkeypatch):
+    "By a clock that only the training and the measuring move"
+    now = [0.]
+    monkeypatch.setattr(track.time, 'perf_counter', lambda: now[0])
+    class Tick(Callback):
+        order,run_valid = -50,False
+        def after_pred(self): now[0] += 1
+    measure = NoiseScale._measure
+    def slow(self):
+        now[0] += 6
+        measure(self)
+    monkeypatch.setattr(NoiseScale, '_measure', slow)
+    learn,cb = dropout_and_batch_norm(),NoiseScale(share=share)
+    quiet_fit(learn, 10, [cb, Tick()] + [AccumulateGrads(64)]*window)
+    s = learn.recorder.noise_scale
+    assert s.attrs['train_seconds'] == pytest.approx(10*len(learn.dls.train))
+    if window: assert len(s) > 60
+    else: assert .6*share - .02 < s.attrs['seconds']/s.attrs['train_seconds'] <= share and len(s) == s.attrs['seconds']/(6 + cb.n_batch)
+
+
+def test_every():
+    learn = quiet_fit(dropout_and_batch_norm(), 2, [often(every=7)])
+    gaps = np.diff(learn.recorder.noise_scale.batch)
+    assert (gaps == 7).all() and learn.recorder.noise_scale.batch.iloc[0] == 7
+
+
+def test_the_table(capsys):
+    learn = dropout_and_batch_norm()
+    with learn.no_bar(): learn.fit(2, 1e-3, cbs=[often()])
+    s = learn.recorder.noise_scale
+    assert list(s.columns[:9]) == ['batch', 'epoch', 'step', 'samples', 'loss', 'bs', 'lr', 'noise', 'scale']
+    assert (s.samples == 16*s.batch).all() and (s.step == s.batch).all() and set(s.epoch) == {0, 1} and (s.lr == 1e-3).all() and (s.bs == 16).all()
+    assert learn.recorder.metric_names[-2] == 'noise_scale'
+    assert learn.recorder.values[-1][-1] == pytest.approx(noise_in_use(s).noise_scale.iloc[-1])
+    out = capsys.readouterr().out.splitlines()
+    assert out[-1].startswith(f'{len(s)} measurements of the noise scale, ') and out[-1].endswith(' examples at the end.')
+
+
+def test_loggers(tmp_path, monkeypatch):
+    learn = dropout_and_batch_norm()
+    learn.path = tmp_path
+    quiet_fit(learn, 2, [often(), CSVLogger()])
+    rows = list(csv.DictReader((tmp_path/'history.csv').open()))
+    assert len(rows) == 2 and float(rows[1]['noise_scale']) == pytest.approx(learn.recorder.values[-1][-1], rel=1e-3)
+
+
+def test_tensorboard(tmp_path):
+    from fastai.callback.tensorboard import TensorBoardCallback
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    learn = quiet_fit(dropout_and_batch_norm(), 2, [often(), TensorBoardCallback(tmp_path, trace_model=False, log_preds=False)])
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert [e.value for e in events.Scalars('noise_scale')] == pytest.approx([v[-1] for v in learn.recorder.values])
+
+
+def test_wandb(tmp_path, monkeypatch, offline_wandb):
+    import wandb
+    from fastai.callback.wandb import WandbCallback
+    monkeypatch.setenv('WANDB_MODE', 'offline')
+    monkeypatch.setenv('WANDB_SILENT', 'true')
+    monkeypatch.chdir(tmp_path)
+    logged = []
+    with wandb.init(dir=tmp_path) as run:
+        monkeypatch.setattr(wandb, 'log', lambda d, **kwargs: logged.append(d))
+        learn = quiet_fit(dropout_and_batch_norm(), 2, [often(), WandbCallback(log_preds=False, log_model=False)])
+    values = [d['noise_scale'] for d in logged if 'noise_scale' in d]
+    assert values == pytest.approx([v[-1] for v in learn.recorder.values])
+
+
+def test_stands_aside_for_finders():
+    learn = digits_learner()
+    learn.add_cb(often())
+    with learn.no_bar(), learn.no_logging():
+        learn.lr_find(show_plot=False)
+        learn.bs_find(.1, 100, show_plot=False, profile=False)
+    assert 'noise_scale' not in vars(learn.recorder) and not len(learn.metrics.filter(lambda m: m.name == 'noise_scale'))
+
+
+@pytest.mark.parametrize('error', (KeyboardInterrupt, RuntimeError('boom')))
+@pytest.mark.parametrize('where', ('training', 'measuring', 'window'))
+def test_an_error_leaves_the_results_and_nothing_else(error, where):
+    learn,cb = dropout_and_batch_norm(),often()
+    class Boom(Callback):
+        order = 5
+        def before_backward(self):
+            measuring = not any(isinstance(o, Recorder) for o in self.learn.cbs)
+            if len(cb._rows) == 4 and measuring == (where == 'measuring'): raise error
+    with pytest.raises((KeyboardInterrupt, RuntimeError)): quiet_fit(learn, 2, [cb, Boom()] + [AccumulateGrads(48)]*(where == 'window'), 'fit', lr=1e-3)
+    assert len(learn.recorder.noise_scale) == 4 and not any(isinstance(o, NoiseScale) for o in learn.cbs) and any(isinstance(o, Recorder) for o in learn.cbs)
+    assert not len(learn.metrics) and not any(p._backward_hooks for p in learn.model.parameters())
+    quiet_fit(learn, 1)
+    assert 'noise_scale' not in learn.recorder.metric_names
+
+
+@pytest.mark.parametrize('kwargs,words', [(dict(every=0), 'every=0'), (dict(n_batch=1), 'n_batch=1'), (dict(beta=1), 'beta=1'), (dict(share=0), 'share=0'), (dict(share=1.5), 'share=1.5'), (dict(share=True), 'share=True')])
+def test_bad_input(kwargs, words):
+    with pytest.raises(ValueError, match=words): NoiseScale(**kwargs)
+
+
+def test_an_epoch_of_one_batch():
+    X,y = digits()
+    def make(): return Learner(loaders(list(zip(X[:16], y[:16]))), nn.Linear(64, 10), loss_func=CrossEntropyLossFlat())
+    with pytest.raises(ValueError, match='An epoch is a single batch'): quiet_fit(make(), 1, [often()])
+    learn = quiet_fit(dropout_and_batch_norm(), 3, [often(n_batch=100)])
+    assert len(learn.recorder.noise_scale) > 5  # as many as an epoch has
+
+
+def test_the_picture():
+    learn = digits_learner()
+    with pytest.raises(ValueError, match='no noise scale to plot yet'): learn.recorder.plot_noise_scale()
+    quiet_fit(learn, 2, [often()])
+    fig = learn.recorder.plot_noise_scale()
+    assert fig.axes[0].get_ylabel() == 'Noise scale (examples)'
+    quiet_fit(learn, 1, [NoiseScale(every=10**6)])
+    assert len(learn.recorder.noise_scale) == 0
+    learn.recorder.plot_noise_scale()
