@@ -33,7 +33,7 @@ def _weighted_sq_norm(g, v, debias, eps):
         total = total + (g.to(dtype).square()/w).masked_fill_(v == 0, 0.).sum(dtype=None if v.device.type == 'mps' else torch.float64)
     return total
 
-# %% ../nbs/05_geometry.ipynb #a7335238
+# %% ../nbs/05_geometry.ipynb #82d084a3
 class OptMetric:
     "Squared norms of gradients in the metric P of the optimizer's step −P·g"
     def __init__(self,
@@ -57,20 +57,14 @@ class OptMetric:
         "Does the optimizer divide by a second moment?"
         return any(m is not None for m in self.moments)
 
-    def one(self,
-        i:int, # Position of the parameter
-        t:torch.Tensor, # Its gradient
-    ) -> torch.Tensor: # |t|² in the metric without the learning rates, 0-dim
-        "Squared norm of the gradient of one parameter, divided by its second moments"
-        res = torch.zeros((), device=t.device) if self.moments[i] is None else _weighted_sq_norm(t, *self.moments[i])
-        return res.to(torch.float32 if t.device.type == 'mps' else torch.float64)
-
     def __call__(self,
         tensors:list, # Gradients, in the order of the parameters; `None` counts as zero
     ) -> torch.Tensor: # |t|² of each in the metric without the learning rates, on the first tensor's device
         "Squared norm of each tensor, divided by the second moments"
         device = next(t for t in tensors if t is not None).device
-        return torch.stack([self.one(i, t).to(device) if t is not None else torch.zeros((), device=device).to(torch.float32 if device.type == 'mps' else torch.float64) for i,t in enumerate(tensors)])
+        zero = torch.zeros((), device=device)
+        def norm(t, m): return zero if t is None or m is None else _weighted_sq_norm(t, *m).to(device)
+        return torch.stack([norm(t, m) for t,m in zip(tensors, self.moments)]).to(torch.float32 if device.type == 'mps' else torch.float64)
 
 # %% ../nbs/05_geometry.ipynb #a399b347
 def _columns(average, prefix=''):

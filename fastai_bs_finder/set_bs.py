@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['micro_bs', 'known_fits', 'check_settable']
 
-# %% ../nbs/13_set_bs.ipynb #751e1af4
+# %% ../nbs/13_set_bs.ipynb #c8581b5b
 import math
+from weakref import WeakKeyDictionary
 
 from fastcore.basics import patch
 from fastai.callback.training import GradientAccumulation
@@ -63,7 +64,9 @@ def _in_words(learn, bs, micro, before):
         res += f". bs_find's advice for it: lr≈{_lr(row.lr)}, about {_ratio(row.epochs)} times the epochs"
     return res + '.'
 
-# %% ../nbs/13_set_bs.ipynb #334838ec
+# %% ../nbs/13_set_bs.ipynb #94aa66e8
+_follows = WeakKeyDictionary()  # which loaders of a `DataLoaders` go along with the training loader
+
 @patch
 def set_bs(self:Learner,
     bs:int|tuple, # Number of examples per optimizer step from now on, or what `bs_find` returned: its `fastest`, else its `critical`
@@ -76,8 +79,11 @@ def set_bs(self:Learner,
     if foreign := [o for o in self.cbs if isinstance(o, GradientAccumulation) and not isinstance(o, AccumulateGrads)]:
         raise ValueError(f"The learner accumulates gradients already, with {foreign[0]!r}: take it off first, learn.remove_cb({type(foreign[0]).__name__}); set_bs accumulates itself where it has to")
     old = batch_size(self.dls.train)
-    for dl in (followers := [dl for i,dl in enumerate(self.dls.loaders) if not i or batch_size(dl) == old]): check_settable(dl)
-    self.dls.loaders = type(self.dls.loaders)(rebatch(dl, micro) if any(dl is o for o in followers) else dl for dl in self.dls.loaders)
+    follows = _follows.get(self.dls) or [not i or batch_size(dl) == old for i,dl in enumerate(self.dls.loaders)]
+    for dl,yes in zip(self.dls.loaders, follows):
+        if yes: check_settable(dl)
+    _follows[self.dls] = follows
+    self.dls.loaders[:] = [rebatch(dl, micro) if yes else dl for dl,yes in zip(self.dls.loaders, follows)]
     before = next((o.n_acc for o in self.cbs if isinstance(o, AccumulateGrads)), old)
     self.remove_cb(AccumulateGrads)
     if micro < bs: self.add_cb(AccumulateGrads(bs))

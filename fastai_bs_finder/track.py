@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['NoiseScale']
 
-# %% ../nbs/14_track.ipynb #8dd62491
+# %% ../nbs/14_track.ipynb #679ab16d
 import copy, math, random, time
+from functools import partial
 from numbers import Real
 
 import numpy as np, pandas as pd, torch, matplotlib.pyplot as plt
@@ -207,7 +208,7 @@ def _whole_pass(self:NoiseScale):
     if self._batches is None or self._left < n: self._batches,self._left = iter(self._source),math.inf if per_pass is None else per_pass
     return n
 
-# %% ../nbs/14_track.ipynb #20485040
+# %% ../nbs/14_track.ipynb #fb5765cd
 @patch(as_prop=True)
 def _window(self:NoiseScale): return next((o for o in self.learn.cbs if isinstance(o, AccumulateGrads)), None)
 
@@ -231,15 +232,14 @@ def before_backward(self:NoiseScale):
             self._begin()
             self._A,self._k,self._n,self._loss_sum,self._took = 0.,0,0,0.,0.
     if not self._collecting: return
-    start = time.perf_counter()
-    self._sq,metrics = {},[lambda i,g: sq_norms([g])[0]]
-    if self._meter.metric.adaptive: metrics.append(self._meter.metric.one)
-    def hook(i, g):
-        start = time.perf_counter()
-        self._sq[i] = torch.stack([f(i, g.detach()) for f in metrics])
-        self._took += time.perf_counter() - start
-    self._handles = [p.register_hook(lambda g, i=i: hook(i, g)) for i,p in enumerate(self._meter.params) if p.requires_grad]
-    self._took += time.perf_counter() - start
+    self._grads = [None]*len(self._meter.params)
+    self._handles = [p.register_hook(partial(self._grads.__setitem__, i)) for i,p in enumerate(self._meter.params) if p.requires_grad]
+
+@patch
+def _sq_norms(self:NoiseScale, grads):
+    "Squared norms per metric and parameter, of gradients that may be scaled for fp16"
+    metrics = (sq_norms, self._meter.metric)[:1 + self._meter.metric.adaptive]
+    return torch.stack([f(grads) for f in metrics])/(loss_scale(self.learn) or 1.)**2
 
 @patch
 def _unhook(self:NoiseScale):
@@ -250,10 +250,10 @@ def _unhook(self:NoiseScale):
 def after_backward(self:NoiseScale):
     if not self._handles: return
     self._unhook()
-    if not self._sq: return
-    start = time.perf_counter()
-    bs,zero = n_examples(self.learn),torch.zeros_like(next(iter(self._sq.values())))
-    self._A = self._A + torch.stack([self._sq.get(i, zero).to(zero.device) for i in range(len(self._meter.params))], 1)*(bs/(loss_scale(self.learn) or 1.)**2)
+    start,bs = time.perf_counter(),n_examples(self.learn)
+    grads,self._grads = self._grads,None
+    if all(g is None for g in grads): return
+    self._A = self._A + self._sq_norms(grads)*bs
     self._k,self._n,self._loss_sum = self._k + 1,self._n + bs,self._loss_sum + self.learn.loss.detach().mean()*bs
     self._took += time.perf_counter() - start
 
@@ -263,8 +263,7 @@ def before_step(self:NoiseScale):
     self._collecting = False
     if self._k < 2: return
     start = time.perf_counter()
-    grads,metrics = [p.grad for p in self._meter.params],(sq_norms, self._meter.metric)[:len(self._A)]
-    C = torch.stack([f(grads) for f in metrics])*(self._n/(loss_scale(self.learn) or 1.)**2)
+    C = self._sq_norms([p.grad for p in self._meter.params])*self._n
     self._note(self._loss_sum/self._n, noise_and_scale(*torch.stack([self._A, C]).cpu().numpy(), self._n, self._k))
     self._cost = self._took + time.perf_counter() - start
     self._spend(self._cost)

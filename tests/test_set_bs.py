@@ -87,7 +87,7 @@ def test_micro_batches(bs, fits):
 def test_what_it_says(capsys):
     learn = digits_learner()
     assert learn.set_bs(64) is learn
-    learn.set_bs(256, fits=100)
+    learn.set_bs(257, fits=100)
     learn.dls.train.drop_last = True
     learn.set_bs(800)
     out = capsys.readouterr().out.splitlines()
@@ -121,10 +121,10 @@ def test_memory_is_respected_if_it_is_known(monkeypatch):
 
 def test_the_validation_loader_follows_if_it_had_the_same_size():
     learn = digits_learner()
-    learn.dls.valid.bs = 100
-    assert learn.set_bs(32).dls.valid.bs == 100
-    learn.dls.valid.bs = 32
-    assert learn.set_bs(64).dls.valid.bs == 64
+    assert learn.dls.valid.bs == 64
+    for bs in (64, 32, 16): assert learn.set_bs(bs).dls.valid.bs == 64  # and does not begin to
+    learn = digits_learner(bs=64)
+    for bs in (128, 32, 64): assert learn.set_bs(bs).dls.valid.bs == bs
 
 
 def test_back_again_is_no_footprint():
