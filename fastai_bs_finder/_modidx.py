@@ -380,6 +380,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'fastai_bs_finder/snapshot.py'),
                                            'fastai_bs_finder.snapshot._global_state': ( 'snapshot.html#_global_state',
                                                                                         'fastai_bs_finder/snapshot.py'),
+                                           'fastai_bs_finder.snapshot._is_rng': ('snapshot.html#_is_rng', 'fastai_bs_finder/snapshot.py'),
                                            'fastai_bs_finder.snapshot.no_footprint': ( 'snapshot.html#no_footprint',
                                                                                        'fastai_bs_finder/snapshot.py')},
             'fastai_bs_finder.steps': { 'fastai_bs_finder.steps.Passes': ('steps.html#passes', 'fastai_bs_finder/steps.py'),

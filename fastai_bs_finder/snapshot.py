@@ -27,8 +27,11 @@ from fastai.data.load import DataLoader
 from fastai.learner import Learner
 from fastai.optimizer import _BaseOptimizer
 
-# %% ../nbs/01_snapshot.ipynb #8757d90f
-_rngs = random.Random, torch.Generator, np.random.Generator, np.random.RandomState
+# %% ../nbs/01_snapshot.ipynb #b3bebc3e
+_rngs = random.Random, np.random.Generator, np.random.RandomState
+
+def _is_rng(o): return isinstance(o, _rngs) or type(o) is torch.Generator  # whose own `isinstance` is slow
+
 _calls = FunctionType, BuiltinMethodType, MethodType, partial
 _own = nn.Module, _BaseOptimizer, torch.optim.Optimizer, Callback  # to be restored even when they hold a lock or a thread
 _data = DataLoaders, DataLoader, torch_data.DataLoader, torch_data.Dataset
@@ -99,11 +102,11 @@ class Snapshot:
                 if issubclass(type(o), (torch.Tensor, np.ndarray, *_own)): raise
         self._undo += [partial(setter, state) for setter,state in _global_state()]
 
-# %% ../nbs/01_snapshot.ipynb #93d534a7
+# %% ../nbs/01_snapshot.ipynb #d5610e85
 @patch
 def _visit(self:Snapshot, o, data):
-    if o is None or isinstance(o, (bool, int, float, complex, str, bytes)) or not self._is_new(o, data): return
-    if   isinstance(o, _rngs): self._undo_rng(o)
+    if o is None or isinstance(o, (bool, int, float, complex, str, bytes, np.generic)) or not self._is_new(o, data): return
+    if   _is_rng(o): self._undo_rng(o)
     elif isinstance(o, torch.Tensor):
         if not (o.is_meta or is_lazy(o) or o.is_nested) and self._copies(o.numel(), data): self._undo_tensor(o)
     elif isinstance(o, np.ndarray):
@@ -154,7 +157,7 @@ def _visit_attrs(self:Snapshot, o, data):
     attrs,names = getattr(o, '__dict__', None),copyreg._slotnames(type(o))
     slots = {n: getattr(o, n) for n in names if hasattr(o, n)}
     vals = [*(attrs or {}).values(), *slots.values()]
-    if not isinstance(o, _own) and any(isinstance(v, _live) for v in vals): vals = [v for v in vals if isinstance(v, _rngs)]
+    if not isinstance(o, _own) and any(isinstance(v, _live) for v in vals): vals = [v for v in vals if _is_rng(v)]
     else:
         if attrs is not None: self._undo_dict(attrs)
         if names: self._undo_slots(o, names, slots)
@@ -183,7 +186,7 @@ def _visit_held(self:Snapshot, vals): self._todo += [(v, True) for v in vals if 
 @patch
 def _visit_globals(self:Snapshot, module):
     module = sys.modules.get(module)
-    if module and self._is_new(module, False): self._todo += [(v, True) for v in list(vars(module).values()) if isinstance(v, _rngs)]
+    if module and self._is_new(module, False): self._todo += [(v, True) for v in list(vars(module).values()) if _is_rng(v)]
 
 # %% ../nbs/01_snapshot.ipynb #a8da56f2
 @patch
