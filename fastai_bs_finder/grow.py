@@ -136,7 +136,7 @@ def _grow_loader(self:GrowBatch):
     left = (dl.n - self._in_epoch)/dl.bs
     self.learn.n_iter = self.iter + 1 + (int(left) if dl.drop_last else math.ceil(left))
 
-# %% ../nbs/15_grow.ipynb #d95a6ce9
+# %% ../nbs/15_grow.ipynb #dfab7e0c
 @patch
 def before_batch(self:GrowBatch):
     if self._factor == 1: return
@@ -163,6 +163,7 @@ def after_batch(self:GrowBatch):
     self.bs *= 2
     self._window.n_acc = self.bs
     self._grow_loader()
+    rows[-1]['bs'] = self.bs  # for the picture
     self._note(noise_scale)
 
 @patch(as_prop=True)

@@ -155,7 +155,7 @@ def test_everything_is_given_back(error, start):
         with pytest.raises((KeyboardInterrupt, RuntimeError)): run()
     else: run()
     assert learn.recorder.bs_changes.bs.tolist() == [start, 2*start, 4*start, 8*start]
-    assert learn.dls.bs == 16 and list(learn.metrics) == metrics and kinds(learn) == cbs and not hasattr(learn, 'noise_scale')
+    assert learn.dls.bs == 16 and 'chunkify' not in vars(learn.dls.train) and list(learn.metrics) == metrics and kinds(learn) == cbs and not hasattr(learn, 'noise_scale')
     if start == 64: assert learn.accumulate_grads.n_acc == 64
     assert learn.opt.hypers[-1]['lr'] == pytest.approx(learn.lr)
 

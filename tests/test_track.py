@@ -85,7 +85,22 @@ def test_no_trace_in_the_data(kind, workers):
         if kind == 'fastai': dl = DataLoader(ds, bs=16, shuffle=True, num_workers=workers)
         else: dl = torch_data.DataLoader(ds, 16, shuffle=True, num_workers=workers, persistent_workers=workers > 0, generator=torch.Generator().manual_seed(3) if 'generator' in kind else None)
         return Learner(DataLoaders(dl, loaders(list(zip(*digits()))[:48]).valid), nn.Linear(64, 10), loss_func=CrossEntropyLossFlat())
-    assert_no_trace(make, lambda learn, cbs: quiet_fit(learn, 2, cbs), often())
+    assert_no_trace(make, lambda learn, cbs: quiet_fit(learn, 2, cbs), cb := often())
+    assert getattr(cb._source, 'num_workers', 0) == 0 if 'PyTorch' in kind else cb._source.fake_l.num_workers == 0
+
+
+def test_hidden_states_begin_anew():
+    "Those of the training belong to other data"
+    calls = []
+    class Recurrent(nn.Linear):
+        def reset(self): calls.append('reset')
+        def forward(self, x):
+            calls.append('batch')
+            return super().forward(x)
+    X,y = digits()
+    dl = DataLoader(list(zip(X[:64], y[:64])), bs=16)
+    quiet_fit(Learner(DataLoaders(dl, dl.new()), Recurrent(64, 10), loss_func=CrossEntropyLossFlat()), 1, [often(every=4)], 'fit')
+    assert calls == ['reset'] + ['batch']*4 + ['reset'] + ['batch']*3 + ['batch']*4  # fit's own, training, a measurement, validation
 
 
 def test_one_measurement_equals_the_paper():
