@@ -36,7 +36,7 @@ table: install
 	$(BIN)/python -m pytest -n 2 tests/test_applications.py tests/test_callbacks.py --works-with tests/works_with.csv
 
 notebooks: install
-	PYTHONWARNINGS=ignore::FutureWarning $(BIN)/python -m nbconvert --to notebook --execute --inplace nbs/*.ipynb
+	PYTHONWARNINGS=ignore::FutureWarning,ignore::UserWarning $(BIN)/python -m nbconvert --to notebook --execute --inplace nbs/*.ipynb
 	$(BIN)/nbdev-clean
 	$(BIN)/nbdev-export
 	$(BIN)/python nbs/readme.py

@@ -276,7 +276,7 @@ def _profile(learn, stats, step_seconds, budget):
         best = fastest(stats)
         if best is None or best in a['step_time'] or timed([best], end - time.perf_counter()): break
 
-# %% ../nbs/04_finder.ipynb #bc5d227d
+# %% ../nbs/04_finder.ipynb #9d4a169e
 @patch
 def bs_find(self:Learner,
     lr:float|slice|list|None=None, # Learning rate of the mock training, as in `fit`; `None`: the learner's
@@ -318,6 +318,7 @@ def bs_find(self:Learner,
 
     self.recorder.bs_stats,self.recorder.bs_table = stats,bs_table(stats)
     self.recorder.bs_layers = layer_table(self.model, cb._meter.params, np.reshape(cb.parts, (-1, 2, len(cb._meter.params))), beta)
+    if stats.attrs.get('max_bs'): self.recorder.bs_fits = stats.attrs['max_bs']
     for name,f in zip(names, funcs): stats.attrs['suggested'][name] = f(stats)
     if self.logger is not noop: print(bs_summary(stats))
     if show_plot and len(stats): self.recorder.plot_bs_find()

@@ -66,7 +66,7 @@ class OptMetric:
         def norm(t, m): return zero if t is None or m is None else _weighted_sq_norm(t, *m).to(device)
         return torch.stack([norm(t, m) for t,m in zip(tensors, self.moments)]).to(torch.float32 if device.type == 'mps' else torch.float64)
 
-# %% ../nbs/05_geometry.ipynb #a399b347
+# %% ../nbs/05_geometry.ipynb #48d7e811
 def _columns(average, prefix=''):
     "The columns of a table of measurements for one kind of noise scale"
     lo,hi = average.interval()
@@ -82,7 +82,7 @@ class OptMeter:
     ):
         self.params = list({id(p):p for p,*_ in opt.all_params()}.values())
         self.metric,self.beta,self.sums,self.parts = OptMetric(opt, self.params),beta,GradSums(),None
-        self.simple,self.in_opt = NoiseAverage(beta),NoiseAverage(beta)
+        self.simple,self.in_opt,self._lr = NoiseAverage(beta),NoiseAverage(beta),None
 
     @property
     def n_batch(self) -> int:
@@ -104,7 +104,9 @@ class OptMeter:
         self.parts = self.sums.per_tensor() if parts is None else parts
         n = len(self.simple.measured)
         self.simple.append(Noise(*(float(x[0].sum()) for x in self.parts)))
-        self.in_opt.append(Noise(*(float(x[-1] @ self.metric.lrs) for x in self.parts)))
+        lrs = self.metric.lrs/self.metric.lrs.max()  # a schedule must not weight the measurements
+        self._lr = self._lr or self.metric.lrs.max()
+        self.in_opt.append(Noise(*(float(x[-1] @ lrs)*self._lr for x in self.parts)))
         return len(self.simple.measured) > n
 
     def columns(self) -> dict: # Of the simple noise scale, and with prefix `opt_` of the optimizer's

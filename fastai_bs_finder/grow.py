@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GrowBatch']
 
-# %% ../nbs/15_grow.ipynb #7cdfc4c1
+# %% ../nbs/15_grow.ipynb #a167c637
 import math
 from functools import partial
 from itertools import islice
@@ -17,14 +17,14 @@ from fastai.callback.training import GradientAccumulation
 from fastai.data.load import DataLoader
 from fastai.learner import ValueMetric
 from fastcore.foundation import L
-from .accumulate import AccumulateGrads, AsideCallback
+from .accumulate import AccumulateGrads, _AsideCallback
 from .predict import noise_in_use, scale_lr
 from .set_bs import check_settable, known_fits, micro_bs
-from .steps import batch_size, is_laid_out, n_examples, n_train_examples, rebatch, _whole
+from .steps import batch_size, is_laid_out, len_or_none, n_examples, n_train_examples, rebatch, _whole
 from .track import NoiseScale
 
-# %% ../nbs/15_grow.ipynb #4de3adb1
-class GrowBatch(AsideCallback):
+# %% ../nbs/15_grow.ipynb #610726b6
+class GrowBatch(_AsideCallback):
     "Raise the batch size during training as the noise scale grows: powers of two times the one at the start, seen in `learn.recorder.bs_changes`, `plot_noise_scale()` and a column of the progress table"
     order,run_valid = ParamScheduler.order + 1,False
     def __init__(self,
@@ -47,31 +47,42 @@ class GrowBatch(AsideCallback):
 
 _rules = 'noise', 'linear', 'sqrt', None
 
-# %% ../nbs/15_grow.ipynb #2b5f37f6
+# %% ../nbs/15_grow.ipynb #2842a993
 @patch
 def _attach(self:GrowBatch, learn):
-    own = [self.meter] + [AccumulateGrads(1)]*(not any(isinstance(o, GradientAccumulation) for o in learn.cbs))
-    self._own = L(own)
-    learn.add_cbs(own)
-    learn.metrics = learn.metrics + [self._column]
+    self._own = L()
+    if not any(o is self.meter for o in learn.cbs): self._own.append(self.meter)
+    if not any(isinstance(o, GradientAccumulation) for o in learn.cbs):
+        self._own.append(AccumulateGrads(1))
+        self._own[-1].stays = True
+    learn.add_cbs(self._own)
+    self.meter.columns = [self._column] + self.meter.columns
 
 @patch
 def _detach(self:GrowBatch, learn):
     learn.remove_cbs(self._own)
-    learn.metrics = L(o for o in learn.metrics if o is not self._column)
+    self.meter.columns = [o for o in self.meter.columns if o is not self._column]
 
 def _set_learn(self, learn):
     old = self.learn
-    AsideCallback.learn.fset(self, learn)
+    _AsideCallback.learn.fset(self, learn)
     if old is not None: self._detach(old)
     if learn is not None: self._attach(learn)
 
-GrowBatch.learn = property(AsideCallback.learn.fget, _set_learn)
+GrowBatch.learn = property(_AsideCallback.learn.fget, _set_learn)
 
-# %% ../nbs/15_grow.ipynb #3bf54d7b
+# %% ../nbs/15_grow.ipynb #f705f66f
 @patch
-def before_fit(self:GrowBatch):
-    self.tidy()
+def before_train(self:GrowBatch):
+    if self._start is None: self._begin()
+    self._restore_lr()
+    self._fit_loader()
+    self.learn.dl = dl = self.dls.train
+    if _listens(dl): dl.chunkify = partial(_chunks, dl)
+    self._in_epoch,self._per_epoch = 0,min(n_train_examples(self.learn) or math.inf, (len_or_none(dl) or 0)*batch_size(dl))
+
+@patch
+def _begin(self:GrowBatch):
     if len(meters := [o for o in self.learn.cbs if isinstance(o, NoiseScale)]) > 1:
         raise ValueError(f"There are {len(meters)} NoiseScale callbacks, and GrowBatch brings its own: give it yours instead, GrowBatch(NoiseScale(...))")
     self._window = next((o for o in self.learn.cbs if isinstance(o, AccumulateGrads)), None)
@@ -101,7 +112,7 @@ def tidy(self:GrowBatch):
     if batch_size(dl) != bs: rebatch(dl, bs)
     self.dls.loaders[0] = dl
 
-# %% ../nbs/15_grow.ipynb #bfe7ae24
+# %% ../nbs/15_grow.ipynb #3648120f
 def _chunks(dl, items):
     "The batches of a fastai loader, each of the size that it has by then"
     items = iter(items)
@@ -114,18 +125,9 @@ def _chunks(dl, items):
 def _listens(dl): return isinstance(dl, DataLoader) and type(dl).chunkify is DataLoader.chunkify and dl.fake_l.num_workers == 0 and dl.n is not None and not is_laid_out(dl)
 
 @patch
-def before_epoch(self:GrowBatch):
-    self._fit_loader()
-    dl = self.dls.train
-    if _listens(dl): dl.chunkify = partial(_chunks, dl)
-
-@patch
 def _fit_loader(self:GrowBatch):
     micro = micro_bs(self.bs, self._fits)
     if micro != batch_size(self.dls.train): self.dls.loaders[0] = rebatch(self.dls.train, micro)
-
-@patch
-def before_train(self:GrowBatch): self._in_epoch = 0
 
 @patch
 def _grow_loader(self:GrowBatch):
@@ -133,10 +135,10 @@ def _grow_loader(self:GrowBatch):
     dl = self.dls.train
     if 'chunkify' not in vars(dl): return
     self._fit_loader()
-    left = (dl.n - self._in_epoch)/dl.bs
-    self.learn.n_iter = self.iter + 1 + (int(left) if dl.drop_last else math.ceil(left))
+    left = (self._per_epoch - self._in_epoch)/dl.bs
+    self.learn.n_iter = self.iter + 1 + max(int(left) if dl.drop_last else math.ceil(left), 0)
 
-# %% ../nbs/15_grow.ipynb #dfab7e0c
+# %% ../nbs/15_grow.ipynb #ea3daac8
 @patch
 def before_batch(self:GrowBatch):
     if self._factor == 1: return
@@ -147,6 +149,12 @@ def before_batch(self:GrowBatch):
 def _restore_lr(self:GrowBatch):
     if self._base is not None: self.opt.set_hyper('lr', self._base)
     self._base = None
+
+@patch
+def after_cancel_train(self:GrowBatch): self._restore_lr()
+
+@patch
+def after_cancel_epoch(self:GrowBatch): self._restore_lr()
 
 @patch
 def after_batch(self:GrowBatch):

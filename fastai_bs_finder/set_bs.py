@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['micro_bs', 'known_fits', 'check_settable']
 
-# %% ../nbs/13_set_bs.ipynb #c8581b5b
+# %% ../nbs/13_set_bs.ipynb #bb12a01a
 import math
 from weakref import WeakKeyDictionary
 
@@ -13,7 +13,7 @@ from fastcore.basics import patch
 from fastai.callback.training import GradientAccumulation
 from fastai.imports import noop
 from fastai.learner import Learner
-from .accumulate import AccumulateGrads
+from .accumulate import AccumulateGrads, _TidyCallback
 from .predict import _lr, _ratio
 from .steps import batch_size, len_or_none, n_train_examples, rebatch, _whole
 
@@ -29,13 +29,12 @@ def micro_bs(
     if bs <= fits: return bs
     return min(range(fits//2 + 1, fits + 1), key=lambda m: (-bs % m, -m))
 
-# %% ../nbs/13_set_bs.ipynb #5a9f3d62
+# %% ../nbs/13_set_bs.ipynb #ae7019c4
 def known_fits(
     learn:Learner, # The learner
 ) -> int|None: # Batch size; `None` where nobody asked
-    "The largest batch size that fits in memory, as `max_bs` or else `bs_find` found it"
-    recorder = getattr(learn, 'recorder', None)
-    return getattr(recorder, 'bs_fits', None) or getattr(getattr(recorder, 'bs_stats', None), 'attrs', {}).get('max_bs')
+    "The largest batch size that fits in memory, as `max_bs` or `bs_find`, the later of the two, found it"
+    return getattr(getattr(learn, 'recorder', None), 'bs_fits', None)
 
 # %% ../nbs/13_set_bs.ipynb #494bd0e0
 def _chosen(bs):
@@ -64,13 +63,13 @@ def _in_words(learn, bs, micro, before):
         res += f". bs_find's advice for it: lr≈{_lr(row.lr)}, about {_ratio(row.epochs)} times the epochs"
     return res + '.'
 
-# %% ../nbs/13_set_bs.ipynb #94aa66e8
+# %% ../nbs/13_set_bs.ipynb #9f8b958e
 _follows = WeakKeyDictionary()  # which loaders of a `DataLoaders` go along with the training loader
 
 @patch
 def set_bs(self:Learner,
     bs:int|tuple, # Number of examples per optimizer step from now on, or what `bs_find` returned: its `fastest`, else its `critical`
-    fits:int|None=None, # Number of examples that fit in memory; `None`: what `max_bs` or else `bs_find` found, if they were asked before
+    fits:int|None=None, # Number of examples that fit in memory; `None`: what `max_bs` or `bs_find` found, if they were asked before
 ) -> Learner: # The learner
     "Train with batches of `bs` from now on, by gradient accumulation where they do not fit; undone by `set_bs` with the old size. Raises `ValueError` on bad input, before anything is touched"
     bs = _chosen(bs)
@@ -78,14 +77,19 @@ def set_bs(self:Learner,
     if n is not None and bs > n: raise ValueError(f"bs={bs} is more than the {n:,} examples of the training set: give {n} or less")
     if foreign := [o for o in self.cbs if isinstance(o, GradientAccumulation) and not isinstance(o, AccumulateGrads)]:
         raise ValueError(f"The learner accumulates gradients already, with {foreign[0]!r}: take it off first, learn.remove_cb({type(foreign[0]).__name__}); set_bs accumulates itself where it has to")
+    for o in self.cbs:
+        if isinstance(o, _TidyCallback): o.tidy()  # a training may have broken off
     old = batch_size(self.dls.train)
-    follows = _follows.get(self.dls) or [not i or batch_size(dl) == old for i,dl in enumerate(self.dls.loaders)]
+    follows = _follows.get(self.dls, [])
+    follows = follows + [not i or batch_size(dl) == old for i,dl in enumerate(self.dls.loaders) if i >= len(follows)]
     for dl,yes in zip(self.dls.loaders, follows):
         if yes: check_settable(dl)
     _follows[self.dls] = follows
     self.dls.loaders[:] = [rebatch(dl, micro) if yes else dl for dl,yes in zip(self.dls.loaders, follows)]
-    before = next((o.n_acc for o in self.cbs if isinstance(o, AccumulateGrads)), old)
-    self.remove_cb(AccumulateGrads)
-    if micro < bs: self.add_cb(AccumulateGrads(bs))
+    before = max([old, *(o.n_acc for o in self.cbs if isinstance(o, AccumulateGrads))])
+    for o in [o for o in self.cbs if isinstance(o, AccumulateGrads)]:
+        if o.stays: o.n_acc = bs if micro < bs else 1
+        else: self.remove_cb(o)
+    if micro < bs and not any(isinstance(o, AccumulateGrads) for o in self.cbs): self.add_cb(AccumulateGrads(bs))
     if self.logger is not noop: print(_in_words(self, bs, micro, before))
     return self

@@ -5,30 +5,35 @@
 # %% auto #0
 __all__ = ['NoiseScale']
 
-# %% ../nbs/14_track.ipynb #679ab16d
+# %% ../nbs/14_track.ipynb #73bb1c3d
 import copy, math, random, time
 from functools import partial
 from numbers import Real
+from types import MethodType
 
 import numpy as np, pandas as pd, torch, matplotlib.pyplot as plt
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils import data as torch_data
 from fastcore.basics import patch
 from fastcore.foundation import L
-from fastai.callback.core import Callback, CancelBatchException, TrainEvalCallback
+from fastai.callback.core import (Callback, CancelBackwardException, CancelBatchException, CancelEpochException, CancelFitException, CancelStepException, CancelTrainException, CancelValidException,
+                                  TrainEvalCallback)
 from fastai.callback.schedule import ParamScheduler
 from fastai.callback.training import GradientAccumulation
+from fastai.data.load import DataLoader, _FakeLoader
 from fastai.imports import noop
 from fastai.learner import Recorder, ValueMetric
-from .accumulate import AccumulateGrads, AsideCallback
-from .geometry import OptMeter
+from fastai.torch_core import num_distrib
+from .accumulate import AccumulateGrads, _AsideCallback
+from .geometry import OptMeter, _columns
 from .noise import noise_and_scale, sq_norms, NoiseAverage
 from .plot import _plot_noise, _show_once
 from .predict import noise_in_use, _num
-from .snapshot import Snapshot, _global_state
-from .steps import batch_size, len_or_none, loss_scale, n_examples, synchronize, _whole
+from .snapshot import Snapshot, _CtrlC, _global_state
+from .steps import batch_size, is_laid_out, len_or_none, loss_scale, out_of_memory, n_examples, synchronize, _whole
 
-# %% ../nbs/14_track.ipynb #eccbb988
-class NoiseScale(AsideCallback):
+# %% ../nbs/14_track.ipynb #d1c0c89b
+class NoiseScale(_AsideCallback):
     "Measure the gradient noise scale along a training, without a trace in it: `learn.recorder.noise_scale`, `plot_noise_scale()`, and a column in the progress table and in what loggers log"
     order,run_valid = AccumulateGrads.order + 1,False
     def __init__(self,
@@ -43,37 +48,49 @@ class NoiseScale(AsideCallback):
         if share is not None and (not isinstance(share, Real) or isinstance(share, bool) or not 0 < share <= 1):
             raise ValueError(f"share={share!r} is not a number in (0, 1]: give the part of the training time that measurements may take, 0.1 for example, or None for as much as it takes")
         self.every,self.n_batch,self.beta,self.share = every,n_batch,beta,share
-        self._metric,self._rows,self._handles = ValueMetric(self._latest, 'noise_scale'),[],[]
+        self._metric,self._rows,self._handles,self.seconds,self._trained,self._start = ValueMetric(self._latest, 'noise_scale'),[],[],0.,0.,None
+        self.columns = [self._metric]
+        self._release()
 
-    def _latest(self): return float(noise_in_use(self.stats).noise_scale.iloc[-1]) if self._rows else math.nan
+    def _release(self): self._meter,self._source,self._batches,self._rng,self._grads,self._A = None,None,None,None,None,None
+
+    def _latest(self):
+        last = noise_in_use(pd.DataFrame(self._rows[-1:])).iloc[0] if self._rows and self._meter else None
+        return math.nan if last is None or not last.scale > 0 else float(last.noise_scale)
 
     def before_fit(self):
         self.tidy()
+        if hasattr(self.learn, 'recorder'): self.learn.metrics = self.learn.metrics + self.columns
+
+    def _begin_training(self):
+        self._rows,self.seconds,self._trained,self._start,self._off = [],0.,0.,None,False
+        if isinstance(self.model, DistributedDataParallel) or num_distrib() > 1: raise ValueError("NoiseScale measures in a single process, and this training has several: leave it out there")
         if len_or_none(self.dls.train) == 1 and not self._window: raise ValueError("An epoch is a single batch, and the noise scale takes two: train with smaller batches, or accumulate the gradients of several, AccumulateGrads")
-        self._meter,self._rows = OptMeter(self.opt, self.beta),[]
-        self._source,self._batches,self._left,self._rng = None,None,0,None
+        self._meter,self._left,self._adaptive = OptMeter(self.opt, self.beta),0,False
         self._steps,self._seen,self._since,self._collecting = 0,0,0,False
-        self.seconds,self._cost,self._trained,self._start = 0.,None,0.,None
-        if hasattr(self.learn, 'recorder'):
-            self.learn.metrics = self.learn.metrics + [self._metric]
-            self._publish()
+        self._cost = None
+        self._publish()
 
     def tidy(self):
         "Take the column and the hooks off the learner; the measurements stay"
         self._unhook()
-        if self.learn and any(o is self._metric for o in self.learn.metrics): self.learn.metrics = L(o for o in self.learn.metrics if o is not self._metric)
-        if self._rows: self._publish()
+        if self.learn and any(o is self._metric for o in self.learn.metrics): self.learn.metrics = L(o for o in self.learn.metrics if not any(o is c for c in self.columns))
+        if self._meter:
+            self._stop_clock()
+            self._publish()
+        self._release()
 
     def after_fit(self):
+        measured = self._meter is not None and len(self._rows) > 0
         self.tidy()
-        if self._rows and self.learn.logger is not noop: print(self._in_words())
+        if measured and self.learn.logger is not noop: print(self._in_words())
 
-# %% ../nbs/14_track.ipynb #ddc0eb83
+# %% ../nbs/14_track.ipynb #49c3413a
 @patch(as_prop=True)
 def stats(self:NoiseScale) -> pd.DataFrame:
     "The measurements so far, a row each, and in `attrs` what they were taken with and what they cost"
-    res = pd.DataFrame(self._rows, columns=['batch', 'epoch', 'step', 'samples', 'loss', 'bs', 'lr', *self._meter.columns()])
-    res.attrs.update(n_batch=self.n_batch, beta=self.beta, opt='adam' if self._meter.metric.adaptive else 'sgd', bs=int(res.bs.iloc[-1]) if len(res) else 0, suggested={}, seconds=self.seconds, train_seconds=self._train_seconds())
+    res = pd.DataFrame(self._rows, columns=['batch', 'epoch', 'step', 'samples', 'loss', 'bs', 'lr', *_columns(average := NoiseAverage()), *_columns(average, 'opt_')])
+    res.attrs.update(n_batch=self.n_batch, beta=self.beta, opt='adam' if self._adaptive else 'sgd', bs=int(res.bs.iloc[-1]) if len(res) else 0, suggested={}, seconds=self.seconds, train_seconds=self._train_seconds())
     return res
 
 @patch
@@ -81,30 +98,36 @@ def _publish(self:NoiseScale):
     if hasattr(self.learn, 'recorder'): vars(self.recorder)['noise_scale'] = self.stats  # past fastai's warning: the learner calls this callback so, too
 
 @patch
-def after_epoch(self:NoiseScale): self._publish()
+def after_epoch(self:NoiseScale):
+    self._stop_clock()
+    if self._meter: self._publish()
 
 @patch
 def _in_words(self:NoiseScale):
     x,share = noise_in_use(self.stats),self.seconds/max(self._train_seconds(), 1e-9)
     known = x[x.noise_scale > 0]
     where = f"{len(x)} measurement{'s' if len(x) > 1 else ''} of the noise scale, {share:.1%} of the training time"
-    if not len(known): return f"{where}: the gradient drowns in its noise. Take more batches per measurement, n_batch={4*self.n_batch} for example."
     last = x.iloc[-1]
+    if not len(known) or not last.noise_scale > 0 and last.hi != math.inf or last.hi == math.inf and last.lo < 1: return f"{where}: the gradient drowns in its noise. Take more batches per measurement, n_batch={4*self.n_batch} for example."
     at_end = f"at least {_num(last.lo)}" if last.hi == math.inf else _num(last.noise_scale) if math.isnan(last.hi) else f"{_num(last.noise_scale)} (95% interval {_num(last.lo)} to {_num(last.hi)})"
     return f"{where}: {at_end} examples at the end."
 
-# %% ../nbs/14_track.ipynb #d0b51e4a
+# %% ../nbs/14_track.ipynb #d62d69f5
 @patch
 def _train_seconds(self:NoiseScale): return self._trained + (time.perf_counter() - self._start - self._paused if self._start is not None else 0)
 
 @patch
 def before_train(self:NoiseScale):
+    if self._meter is None: self._begin_training()
     self._collecting = False
-    self._trained = self._train_seconds()  # an epoch may have been cancelled
+    self._stop_clock()  # an epoch may have been cancelled
     self._start,self._paused = time.perf_counter(),0.
 
 @patch
-def after_train(self:NoiseScale): self._trained,self._start = self._train_seconds(),None
+def _stop_clock(self:NoiseScale): self._trained,self._start = self._train_seconds(),None
+
+@patch
+def after_train(self:NoiseScale): self._stop_clock()
 
 @patch
 def _spend(self:NoiseScale, seconds):
@@ -113,7 +136,7 @@ def _spend(self:NoiseScale, seconds):
 
 @patch
 def _due(self:NoiseScale, batches, cost):
-    return batches >= self.every and (self.share is None or self.seconds + cost <= self.share*self._train_seconds())
+    return not self._off and batches >= self.every and (self.share is None or self.seconds + cost <= self.share*self._train_seconds())
 
 @patch
 def after_batch(self:NoiseScale):
@@ -134,8 +157,9 @@ def after_step(self:NoiseScale): self._steps += 1
 @patch
 def after_cancel_step(self:NoiseScale): self._steps -= 1  # `after_step` follows
 
-# %% ../nbs/14_track.ipynb #f883b11d
+# %% ../nbs/14_track.ipynb #a04c24bd
 _shaping = 'before_batch', 'after_pred', 'after_loss', 'before_backward'
+_cancels = CancelBackwardException, CancelBatchException, CancelEpochException, CancelFitException, CancelStepException, CancelTrainException, CancelValidException
 _silent = ParamScheduler, GradientAccumulation, TrainEvalCallback, Recorder, NoiseScale
 
 class _TakeGradient(Callback):
@@ -145,12 +169,19 @@ class _TakeGradient(Callback):
     def after_backward(self):
         params,bs = self.meter.params,n_examples(self.learn)
         scale = loss_scale(self.learn)
-        if bs and self.meter.sums.add([p.grad for p in params], bs, scale or 1., skip_nonfinite=scale is not None): self.loss_sum = self.loss_sum + self.learn.loss.detach().mean()*bs
+        if bs and any(p.grad is not None for p in params) and self.meter.sums.add([p.grad for p in params], bs, scale or 1., skip_nonfinite=scale is not None): self.loss_sum = self.loss_sum + self.learn.loss.detach().mean()*bs
         for p in params: p.grad = None
         raise CancelBatchException  # the gradient was all that was wanted of the batch
 
 def _second_loader(dl):
     "A loader of the same batches in an order of its own, without worker processes"
+    if isinstance(dl, DataLoader) and not is_laid_out(dl):
+        res = copy.copy(dl)
+        for k,v in vars(dl).items():
+            if isinstance(v, MethodType) and v.__self__ is dl: setattr(res, k, MethodType(v.__func__, res))
+        vars(res).pop('chunkify', None)
+        res.rng,res.fake_l = random.Random(0),_FakeLoader(res, False, 0, 0, persistent_workers=False, pin_memory_device='')
+        return res
     if isinstance(dl, torch_data.DataLoader):
         res = copy.copy(dl)
         vars(res).update(num_workers=0, prefetch_factor=None, persistent_workers=False, timeout=0, _iterator=None)
@@ -166,7 +197,8 @@ def _next(self:NoiseScale):
 
 @patch
 def _measure(self:NoiseScale):
-    learn,params = self.learn,self._meter.params
+    learn,ctrl_c = self.learn,_CtrlC()
+    params = list({id(p): p for p in (*self._meter.params, *learn.model.parameters())}.values())
     cbs = L(o for o in learn.cbs if any(hasattr(o, e) for e in _shaping) and not isinstance(o, _silent))
     opt = getattr(self.opt, 'opt', self.opt)
     but = [*params, *(o for o in learn.cbs if not any(o is c for c in cbs)), *(t for s in opt.state.values() for t in s.values() if isinstance(t, torch.Tensor))]
@@ -182,17 +214,24 @@ def _measure(self:NoiseScale):
         if hasattr(learn.model, 'reset'): learn.model.reset()
         self._begin()
         n = self._whole_pass()
-        for _ in range(n):
+        for _ in range(n*(n > 1)):
             learn._split(learn._set_device(self._next()))
-            learn('before_batch')
-            try: learn._do_one_batch()
-            except CancelBatchException: pass
+            try:
+                learn('before_batch')
+                learn._do_one_batch()
+            except _cancels: pass
         self._left -= n
         self._rng = _global_state()
+    except Exception as e:
+        self._off = out_of_memory(e)  # the training may have what it needs
+        if not self._off: raise
     finally:
+        ctrl_c.hold()
         snapshot.restore()
         for p,g in zip(params, grads): p.grad = g
-    if self._meter.n_batch > 1: self._note(take.loss_sum/self._meter.sums.samples)
+        ctrl_c.release()
+    self._since = 0
+    if self._meter.n_batch > 1 and not self._off: self._note(take.loss_sum/self._meter.sums.samples)
 
 def _seed(n):
     random.seed(n)
@@ -208,7 +247,7 @@ def _whole_pass(self:NoiseScale):
     if self._batches is None or self._left < n: self._batches,self._left = iter(self._source),math.inf if per_pass is None else per_pass
     return n
 
-# %% ../nbs/14_track.ipynb #fb5765cd
+# %% ../nbs/14_track.ipynb #5c4f18a3
 @patch(as_prop=True)
 def _window(self:NoiseScale): return next((o for o in self.learn.cbs if isinstance(o, AccumulateGrads)), None)
 
@@ -262,9 +301,10 @@ def before_step(self:NoiseScale):
     if not self._collecting: return
     self._collecting = False
     if self._k < 2: return
+    synchronize(self.learn.loss.device)
     start = time.perf_counter()
     C = self._sq_norms([p.grad for p in self._meter.params])*self._n
-    self._note(self._loss_sum/self._n, noise_and_scale(*torch.stack([self._A, C]).cpu().numpy(), self._n, self._k))
+    with np.errstate(invalid='ignore'): self._note(self._loss_sum/self._n, noise_and_scale(*torch.stack([self._A, C]).cpu().numpy(), self._n, self._k))
     self._cost = self._took + time.perf_counter() - start
     self._spend(self._cost)
 
@@ -272,6 +312,7 @@ def before_step(self:NoiseScale):
 def _note(self:NoiseScale, loss, parts=None):
     "A row for the measurement, if it is finite"
     if not self._meter.end(parts): return
+    self._adaptive = self._meter.metric.adaptive
     self._since,bs = 0,max(batch_size(self.dls.train) or n_examples(self.learn), self._window.n_acc if self._window else 0)
     self._rows.append(dict(batch=self.train_iter, epoch=self.epoch, step=self._steps, samples=self._seen, loss=float(loss), bs=bs, lr=float(self.opt.hypers[-1]['lr'])) | self._meter.columns())
 

@@ -275,3 +275,13 @@ def test_ddp_sends_each_window_once(tmp_path):
         assert len(sent) == 4
         for p,q in zip(params, fit(learner(110, 32), 1, None)): torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)
     finally: torch.distributed.destroy_process_group()
+
+
+def test_a_loader_that_gives_more_than_it_says():
+    class More(torch.utils.data.IterableDataset):
+        def __len__(self): return 64
+        def __iter__(self): return iter(list(zip(digits()[0][:100], digits()[1][:100])))
+    learn,steps = learner(32, 8),Steps()
+    learn.dls.loaders[0] = torch.utils.data.DataLoader(More(), 8)
+    fit(learn, 1, [AccumulateGrads(32), steps], 'fit_one_cycle')
+    assert len(steps.grads) >= 3

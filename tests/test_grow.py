@@ -6,7 +6,7 @@ from torch import nn
 from torch.utils import data as torch_data
 from fastai.basics import Callback, CrossEntropyLossFlat, Learner, SGD, set_seed
 from fastai.callback.schedule import ParamScheduler
-from fastai.callback.training import GradientAccumulation
+from fastai.callback.training import GradientAccumulation, ShortEpochCallback
 
 from fastai_bs_finder.accumulate import AccumulateGrads
 from fastai_bs_finder.demo import digits_learner
@@ -192,3 +192,33 @@ def test_bad_input(args, words):
 def test_what_does_not_go_together():
     with pytest.raises(ValueError, match='2 NoiseScale callbacks.*GrowBatch'): fit(digits_learner(), 1, [GrowBatch(), NoiseScale()])
     with pytest.raises(ValueError, match='take that off'): fit(digits_learner(), 1, [GradientAccumulation(32), GrowBatch()])
+
+
+def test_an_epoch_that_is_cut_short_does_not_compound_the_learning_rate():
+    learn,watch = digits_learner(),Watch()
+    fit(learn, 4, [GrowBatch(Says(*[(100, 200)]*2), lr_rule='linear'), ShortEpochCallback(.4, short_valid=False), watch], lr=.1)
+    assert max(lr for _,_,lr in watch.steps) == pytest.approx(.4) and learn.opt.hypers[-1]['lr'] == pytest.approx(.1)
+
+
+def test_set_bs_with_it_on_the_learner():
+    learn = digits_learner()
+    learn.add_cb(GrowBatch(Says(*[(1000, 2000)])))
+    learn.set_bs(32)
+    fit(learn, 1, [])
+    assert learn.recorder.bs_changes.bs.tolist() == [32, 64] and learn.dls.bs == 32
+    boom = Boom()
+    boom.error = KeyboardInterrupt
+    learn.grow_batch.meter.says = [(1000, 2000)]
+    with pytest.raises(KeyboardInterrupt): fit(learn, 2, [boom])
+    learn.set_bs(8)
+    assert learn.dls.bs == 8
+    fit(learn, 1, [])
+    assert learn.dls.bs == 8 and len(learn.get_preds()) == 2
+
+
+def test_loaders_that_are_added_later_stay():
+    learn = digits_learner()
+    learn.set_bs(32)
+    learn.dls.loaders.append(learn.dls.valid.new(bs=7))
+    learn.set_bs(64)
+    assert [dl.bs for dl in learn.dls.loaders] == [64, 64, 7]

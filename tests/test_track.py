@@ -5,7 +5,7 @@ from functools import partial
 import numpy as np, pandas as pd, pytest, torch
 from torch import nn
 from torch.utils import data as torch_data
-from fastai.basics import Adam, Callback, CrossEntropyLossFlat, DataLoader, DataLoaders, Learner, SGD, set_seed
+from fastai.basics import Callback, CrossEntropyLossFlat, DataLoader, DataLoaders, L, Learner, SGD, set_seed
 from fastai.callback.all import CSVLogger, GradientClip, MixUp, ParamScheduler
 from fastai.callback.fp16 import MixedPrecision
 from fastai.learner import Recorder
@@ -85,8 +85,9 @@ def test_no_trace_in_the_data(kind, workers):
         if kind == 'fastai': dl = DataLoader(ds, bs=16, shuffle=True, num_workers=workers)
         else: dl = torch_data.DataLoader(ds, 16, shuffle=True, num_workers=workers, persistent_workers=workers > 0, generator=torch.Generator().manual_seed(3) if 'generator' in kind else None)
         return Learner(DataLoaders(dl, loaders(list(zip(*digits()))[:48]).valid), nn.Linear(64, 10), loss_func=CrossEntropyLossFlat())
-    assert_no_trace(make, lambda learn, cbs: quiet_fit(learn, 2, cbs), cb := often())
-    assert getattr(cb._source, 'num_workers', 0) == 0 if 'PyTorch' in kind else cb._source.fake_l.num_workers == 0
+    assert_no_trace(make, lambda learn, cbs: quiet_fit(learn, 2, cbs), often())
+    second = track._second_loader(make().dls.train)
+    assert (second if 'PyTorch' in kind else second.fake_l).num_workers == 0
 
 
 def test_hidden_states_begin_anew():
@@ -337,3 +338,79 @@ def test_the_picture():
     quiet_fit(learn, 1, [NoiseScale(every=10**6)])
     assert len(learn.recorder.noise_scale) == 0
     learn.recorder.plot_noise_scale()
+
+
+@pytest.mark.parametrize('stays', (False, True))
+def test_validation_is_no_training(stays):
+    "`validate` and `get_preds` run callbacks' `before_fit` too, before any training and after one"
+    learn = dropout_and_batch_norm()
+    if stays: learn.add_cb(often())
+    with learn.no_bar(): loss = learn.validate()
+    assert len(loss) == 1
+    quiet_fit(learn, 1, [] if stays else [often()])
+    n = len(learn.recorder.noise_scale)
+    with learn.no_bar():
+        assert len(learn.validate()) == 1 and len(learn.get_preds()) == 2
+    assert len(learn.recorder.noise_scale) == n > 1
+
+
+def test_copy_and_pickle():
+    "`export` pickles the callbacks"
+    import copy, pickle
+    learn = dropout_and_batch_norm()
+    learn.add_cb(often())
+    quiet_fit(learn, 1)
+    n = len(learn.recorder.noise_scale)
+    assert len(copy.deepcopy(learn).recorder.noise_scale) == len(pickle.loads(pickle.dumps(L(learn.noise_scale)))[0].stats) == n > 1
+
+
+def test_cancelled_batches_of_a_measurement():
+    "Are left out, whatever was cancelled, and the training goes on"
+    from fastai.callback.core import CancelBatchException, CancelTrainException
+    for error in (CancelBatchException, CancelTrainException):
+        class Cancel(Callback):
+            def before_batch(self):
+                if self.training and not any(isinstance(o, Recorder) for o in self.learn.cbs): raise error
+        learn,other = quiet_fit(dropout_and_batch_norm(), 1, [often(), Cancel()]),quiet_fit(dropout_and_batch_norm(), 1)
+        assert len(learn.recorder.noise_scale) == 0 and all(map(torch.equal, learn.model.parameters(), other.model.parameters()))
+
+
+def test_parameters_that_are_not_the_optimizers_own():
+    def make():
+        learn = dropout_and_batch_norm()
+        learn.splitter = lambda model: [list(model[4].parameters())]
+        return learn
+    assert_no_trace(make, lambda learn, cbs: quiet_fit(learn, 2, [*cbs, GradientClip(.1)]), often())
+
+
+def test_a_schedule_does_not_weight_the_measurements():
+    "At fixed weights, with a learning rate that goes up and down, the optimizer's noise scale of SGD is the simple one"
+    set_seed(1)
+    learn = digits_learner()
+    quiet_fit(learn, 3, [often(n_batch=5)], lr_max=1e-6)
+    s = learn.recorder.noise_scale
+    np.testing.assert_allclose(s.opt_noise_scale, s.noise_scale, rtol=1e-6)
+    np.testing.assert_allclose(s.opt_lo, s.lo, rtol=1e-6)
+
+
+def test_weighted_loaders_are_measured_with_their_weights():
+    from fastai.callback.data import WeightedDL
+    dl = WeightedDL(list(range(90)), bs=10, wgts=[1.]*5 + [0.]*85, shuffle=True)
+    assert max(int(b.max()) for b in track._second_loader(dl)) < 5
+
+
+def test_memory_that_does_not_suffice_for_a_measurement(capsys):
+    class Full(Callback):
+        def after_pred(self):
+            if not any(isinstance(o, Recorder) for o in self.learn.cbs): raise torch.OutOfMemoryError('no memory left')
+    learn,other = quiet_fit(dropout_and_batch_norm(), 1, [often(), Full()]),quiet_fit(dropout_and_batch_norm(), 1)
+    assert len(learn.recorder.noise_scale) == 0 and all(map(torch.equal, learn.model.parameters(), other.model.parameters()))
+
+
+def test_several_processes_are_refused(tmp_path):
+    torch.distributed.init_process_group('gloo', init_method=f'file://{tmp_path}/store', rank=0, world_size=1)
+    try:
+        learn = dropout_and_batch_norm()
+        learn.model = nn.parallel.DistributedDataParallel(learn.model)
+        with pytest.raises(ValueError, match='NoiseScale measures in a single process'): quiet_fit(learn, 1, [often()])
+    finally: torch.distributed.destroy_process_group()
