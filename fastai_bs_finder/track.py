@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['NoiseScale']
 
-# %% ../nbs/14_track.ipynb #73bb1c3d
-import copy, math, random, time
+# %% ../nbs/14_track.ipynb #c6d0e1f6
+import math, random, time
+from copy import copy
 from functools import partial
 from numbers import Real
 from types import MethodType
@@ -157,7 +158,7 @@ def after_step(self:NoiseScale): self._steps += 1
 @patch
 def after_cancel_step(self:NoiseScale): self._steps -= 1  # `after_step` follows
 
-# %% ../nbs/14_track.ipynb #a04c24bd
+# %% ../nbs/14_track.ipynb #fcfe53ee
 _shaping = 'before_batch', 'after_pred', 'after_loss', 'before_backward'
 _cancels = CancelBackwardException, CancelBatchException, CancelEpochException, CancelFitException, CancelStepException, CancelTrainException, CancelValidException
 _silent = ParamScheduler, GradientAccumulation, TrainEvalCallback, Recorder, NoiseScale
@@ -176,14 +177,14 @@ class _TakeGradient(Callback):
 def _second_loader(dl):
     "A loader of the same batches in an order of its own, without worker processes"
     if isinstance(dl, DataLoader) and not is_laid_out(dl):
-        res = copy.copy(dl)
+        res = copy(dl)
         for k,v in vars(dl).items():
             if isinstance(v, MethodType) and v.__self__ is dl: setattr(res, k, MethodType(v.__func__, res))
         vars(res).pop('chunkify', None)
         res.rng,res.fake_l = random.Random(0),_FakeLoader(res, False, 0, 0, persistent_workers=False, pin_memory_device='')
         return res
     if isinstance(dl, torch_data.DataLoader):
-        res = copy.copy(dl)
+        res = copy(dl)
         vars(res).update(num_workers=0, prefetch_factor=None, persistent_workers=False, timeout=0, _iterator=None)
         return res
     return dl.new(num_workers=0) if hasattr(dl, 'new') else dl
