@@ -455,8 +455,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                         'fastai_bs_finder/track.py'),
                                         'fastai_bs_finder.track.NoiseScale._accumulates': ( 'track.html#noisescale._accumulates',
                                                                                             'fastai_bs_finder/track.py'),
-                                        'fastai_bs_finder.track.NoiseScale._begin': ( 'track.html#noisescale._begin',
-                                                                                      'fastai_bs_finder/track.py'),
                                         'fastai_bs_finder.track.NoiseScale._begin_training': ( 'track.html#noisescale._begin_training',
                                                                                                'fastai_bs_finder/track.py'),
                                         'fastai_bs_finder.track.NoiseScale._due': ( 'track.html#noisescale._due',

@@ -89,7 +89,7 @@ class BSFinder(Callback):
         if not len(self.yb): self._stop(error=ValueError("The training loader yields no target: a loss, and its gradient, need one. Give the loader targets, or set dls.n_inp"))
         if not n_examples(self.learn): self._stop(error=ValueError("The examples of a batch cannot be counted: neither its first target nor its first input is a tensor with the examples along its first axis"))
 
-# %% ../nbs/04_finder.ipynb #6033a215
+# %% ../nbs/04_finder.ipynb #1cb24a35
 @patch
 def before_train(self:BSFinder):
     self._drop_measurement()
@@ -113,8 +113,7 @@ def before_batch(self:BSFinder):
 @patch
 def _begin(self:BSFinder):
     "Begin a measurement; the first with second moments to divide by is the first of its kind"
-    if self._meter.begin():
-        for row in self._rows: row |= _columns(self._meter.in_opt, 'opt_')
+    self._meter.begin(self._rows)
     self._hessian_sums = HessianSums() if self.hessian else None
 
 @patch

