@@ -3,13 +3,14 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help install demo test table notebooks readme bench training clean
+.PHONY: help install demo test table notebooks short readme bench training clean
 
 help:
 	@echo "make demo       find the batch size of a small learner: ends in under a minute"
 	@echo "make test       run the notebooks' tests and pytest"
 	@echo "make table      run the tests that make the table of what bs_find works with"
 	@echo "make notebooks  execute every notebook afresh and keep its outputs"
+	@echo "make short      execute the notebooks with real trainings, shortened, and keep nothing; needs FASTAI_HOME"
 	@echo "make readme     make README.md from nbs/index.ipynb"
 	@echo "make bench      measure speed and memory, and compare predictions with real training (some minutes)"
 	@echo "make training   run the real trainings that predictions are compared with (an hour); both need FASTAI_HOME"
@@ -40,6 +41,9 @@ notebooks: install
 	$(BIN)/nbdev-clean
 	$(BIN)/nbdev-export
 	$(BIN)/python nbs/readme.py
+
+short: install
+	BS_SHORT=1 PYTHONWARNINGS=ignore::FutureWarning,ignore::UserWarning $(BIN)/python -m nbconvert --to notebook --execute --output-dir build/short nbs/3*.ipynb
 
 readme: install
 	$(BIN)/python nbs/readme.py

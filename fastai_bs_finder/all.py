@@ -12,3 +12,4 @@ from .accumulate import *
 from .set_bs import *
 from .track import *
 from .grow import *
+from .sweep import *

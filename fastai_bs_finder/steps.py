@@ -4,15 +4,18 @@
 
 # %% auto #0
 __all__ = ['mock_training', 'len_or_none', 'n_examples', 'loss_scale', 'n_train_examples', 'Passes', 'batch_size', 'is_laid_out',
-           'rebatch', 'synchronize', 'TimedSteps', 'run_steps', 'out_of_memory', 'profile_steps', 'StepTime']
+           'rebatch', 'second_loader', 'synchronize', 'TimedSteps', 'run_steps', 'out_of_memory', 'profile_steps',
+           'StepTime']
 
-# %% ../nbs/06_steps.ipynb #b72ae8a4
-import math, sys, time
+# %% ../nbs/06_steps.ipynb #58843ca0
+import math, random, sys, time
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
+from copy import copy
 from functools import partial
 from numbers import Integral
 from statistics import median
+from types import MethodType
 
 import numpy as np, pandas as pd, torch
 from scipy.optimize import nnls
@@ -25,7 +28,7 @@ from fastai.callback import progress
 from fastai.callback.core import Callback, CancelFitException, CancelValidException
 from fastai.callback.fp16 import MixedPrecision, NonNativeMixedPrecision
 from fastai.callback.training import GradientAccumulation
-from fastai.data.load import DataLoader
+from fastai.data.load import DataLoader, _FakeLoader
 from fastai.learner import Learner
 from fastai.torch_core import find_bs, item_find
 from .snapshot import no_footprint
@@ -106,7 +109,7 @@ class Passes(GetAttr):
             self.before_pass()
             for b in self.dl: yield b
 
-# %% ../nbs/06_steps.ipynb #2ef84bc6
+# %% ../nbs/06_steps.ipynb #64e45632
 def batch_size(
     dl, # A fastai or PyTorch data loader
 ) -> int|None: # `None` where its batches come ready-made
@@ -132,6 +135,23 @@ def rebatch(
             object.__setattr__(dl, 'batch_size', bs)  # PyTorch's own way is barred after the loader is made
     else: dl.bs = bs
     return dl
+
+def second_loader(
+    dl, # A fastai or PyTorch data loader; it is not changed
+): # Another loader
+    "A loader of the same batches, for a fastai loader in an order of its own, without worker processes"
+    if isinstance(dl, DataLoader) and not is_laid_out(dl):
+        res = copy(dl)
+        for k,v in vars(dl).items():
+            if isinstance(v, MethodType) and v.__self__ is dl: setattr(res, k, MethodType(v.__func__, res))
+        vars(res).pop('chunkify', None)
+        res.rng,res.fake_l = random.Random(0),_FakeLoader(res, False, 0, 0, persistent_workers=False, pin_memory_device='')
+        return res
+    if isinstance(dl, torch_data.DataLoader):
+        res = copy(dl)
+        vars(res).update(num_workers=0, prefetch_factor=None, persistent_workers=False, timeout=0, _iterator=None)
+        return res
+    return dl.new(num_workers=0) if hasattr(dl, 'new') else dl
 
 # %% ../nbs/06_steps.ipynb #67100f37
 def synchronize(

@@ -5,33 +5,29 @@
 # %% auto #0
 __all__ = ['NoiseScale']
 
-# %% ../nbs/14_track.ipynb #c6d0e1f6
-import math, random, time
-from copy import copy
+# %% ../nbs/14_track.ipynb #0af613fd
+import math, time
 from functools import partial
 from numbers import Real
-from types import MethodType
 
 import numpy as np, pandas as pd, torch, matplotlib.pyplot as plt
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils import data as torch_data
 from fastcore.basics import patch
 from fastcore.foundation import L
 from fastai.callback.core import (Callback, CancelBackwardException, CancelBatchException, CancelEpochException, CancelFitException, CancelStepException, CancelTrainException, CancelValidException,
                                   TrainEvalCallback)
 from fastai.callback.schedule import ParamScheduler
 from fastai.callback.training import GradientAccumulation
-from fastai.data.load import DataLoader, _FakeLoader
 from fastai.imports import noop
 from fastai.learner import Recorder, ValueMetric
-from fastai.torch_core import num_distrib
+from fastai.torch_core import num_distrib, set_seed
 from .accumulate import AccumulateGrads, _AsideCallback
 from .geometry import OptMeter, _columns
 from .noise import noise_and_scale, sq_norms, NoiseAverage
 from .plot import _plot_noise, _show_once
 from .predict import noise_in_use, _num
-from .snapshot import Snapshot, _CtrlC, _global_state
-from .steps import batch_size, is_laid_out, len_or_none, loss_scale, out_of_memory, n_examples, synchronize, _whole
+from .snapshot import Snapshot, training_tensors, _CtrlC, _global_state
+from .steps import batch_size, len_or_none, loss_scale, out_of_memory, n_examples, second_loader, synchronize, _whole
 
 # %% ../nbs/14_track.ipynb #d1c0c89b
 class NoiseScale(_AsideCallback):
@@ -158,7 +154,7 @@ def after_step(self:NoiseScale): self._steps += 1
 @patch
 def after_cancel_step(self:NoiseScale): self._steps -= 1  # `after_step` follows
 
-# %% ../nbs/14_track.ipynb #8f9e18c1
+# %% ../nbs/14_track.ipynb #ed639114
 _shaping = 'before_batch', 'after_pred', 'after_loss', 'before_backward'
 _cancels = CancelBackwardException, CancelBatchException, CancelEpochException, CancelFitException, CancelStepException, CancelTrainException, CancelValidException
 _silent = ParamScheduler, GradientAccumulation, TrainEvalCallback, Recorder, NoiseScale
@@ -174,21 +170,6 @@ class _TakeGradient(Callback):
         for p in params: p.grad = None
         raise CancelBatchException  # the gradient was all that was wanted of the batch
 
-def _second_loader(dl):
-    "A loader of the same batches in an order of its own, without worker processes"
-    if isinstance(dl, DataLoader) and not is_laid_out(dl):
-        res = copy(dl)
-        for k,v in vars(dl).items():
-            if isinstance(v, MethodType) and v.__self__ is dl: setattr(res, k, MethodType(v.__func__, res))
-        vars(res).pop('chunkify', None)
-        res.rng,res.fake_l = random.Random(0),_FakeLoader(res, False, 0, 0, persistent_workers=False, pin_memory_device='')
-        return res
-    if isinstance(dl, torch_data.DataLoader):
-        res = copy(dl)
-        vars(res).update(num_workers=0, prefetch_factor=None, persistent_workers=False, timeout=0, _iterator=None)
-        return res
-    return dl.new(num_workers=0) if hasattr(dl, 'new') else dl
-
 @patch
 def _next(self:NoiseScale):
     for _ in range(2):
@@ -201,14 +182,13 @@ def _measure(self:NoiseScale):
     learn,ctrl_c = self.learn,_CtrlC()
     params = list({id(p): p for p in (*self._meter.params, *learn.model.parameters())}.values())
     cbs = L(o for o in learn.cbs if any(hasattr(o, e) for e in _shaping) and not isinstance(o, _silent))
-    opt = getattr(self.opt, 'opt', self.opt)
-    but = [*params, *(o for o in learn.cbs if not any(o is c for c in cbs)), *(t for s in opt.state.values() for t in s.values() if isinstance(t, torch.Tensor))]
+    but = [*training_tensors(learn), *(o for o in learn.cbs if not any(o is c for c in cbs))]
     grads,snapshot = [p.grad for p in params],Snapshot(learn, but)
     take = _TakeGradient(self._meter)
     take.learn = learn
     try:
         for p in params: p.grad = None
-        if self._rng is None: _seed(0)
+        if self._rng is None: set_seed(0)
         else:
             for setter,state in self._rng: setter(state)
         learn.cbs = cbs + [take]
@@ -234,15 +214,10 @@ def _measure(self:NoiseScale):
     self._since = 0
     if self._meter.n_batch > 1 and not self._off: self._note(take.loss_sum/self._meter.sums.samples)
 
-def _seed(n):
-    random.seed(n)
-    np.random.seed(n)
-    torch.manual_seed(n)
-
 @patch
 def _whole_pass(self:NoiseScale):
     "Number of batches of this measurement, which stays within one pass over the data"
-    if self._source is None or batch_size(self._source) != batch_size(self.dls.train): self._source,self._batches = _second_loader(self.dls.train),None
+    if self._source is None or batch_size(self._source) != batch_size(self.dls.train): self._source,self._batches = second_loader(self.dls.train),None
     per_pass = len_or_none(self._source)
     n = self.n_batch if per_pass is None else min(self.n_batch, per_pass)
     if self._batches is None or self._left < n: self._batches,self._left = iter(self._source),math.inf if per_pass is None else per_pass

@@ -65,8 +65,8 @@ def changes(was, now, path='learn'):
 
 
 def forget(learn):
-    "Take the results of `bs_find` and `max_bs` off the recorder"
-    for name in ('bs_stats', 'bs_table', 'bs_layers', 'bs_fits'): vars(learn.recorder).pop(name, None)
+    "Take the results of `bs_find`, `max_bs` and `bs_sweep` off the recorder"
+    for name in ('bs_stats', 'bs_table', 'bs_layers', 'bs_fits', 'bs_sweep'): vars(learn.recorder).pop(name, None)
 
 
 def trained(learn):

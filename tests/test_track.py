@@ -16,6 +16,7 @@ from fastai_bs_finder.accumulate import AccumulateGrads
 from fastai_bs_finder.demo import digits_learner
 from fastai_bs_finder.finder import *
 from fastai_bs_finder.predict import noise_in_use
+from fastai_bs_finder.steps import second_loader
 from fastai_bs_finder.track import NoiseScale
 from footprint import same, trained
 from learners import Stream, applications, digits, loaders, maker
@@ -86,7 +87,7 @@ def test_no_trace_in_the_data(kind, workers):
         else: dl = torch_data.DataLoader(ds, 16, shuffle=True, num_workers=workers, persistent_workers=workers > 0, generator=torch.Generator().manual_seed(3) if 'generator' in kind else None)
         return Learner(DataLoaders(dl, loaders(list(zip(*digits()))[:48]).valid), nn.Linear(64, 10), loss_func=CrossEntropyLossFlat())
     assert_no_trace(make, lambda learn, cbs: quiet_fit(learn, 2, cbs), often())
-    second = track._second_loader(make().dls.train)
+    second = second_loader(make().dls.train)
     assert (second if 'PyTorch' in kind else second.fake_l).num_workers == 0
 
 
@@ -396,7 +397,7 @@ def test_a_schedule_does_not_weight_the_measurements():
 def test_weighted_loaders_are_measured_with_their_weights():
     from fastai.callback.data import WeightedDL
     dl = WeightedDL(list(range(90)), bs=10, wgts=[1.]*5 + [0.]*85, shuffle=True)
-    assert max(int(b.max()) for b in track._second_loader(dl)) < 5
+    assert max(int(b.max()) for b in second_loader(dl)) < 5
 
 
 def test_memory_that_does_not_suffice_for_a_measurement(capsys):
