@@ -30,6 +30,12 @@ def cost(name, lr, seconds):
     return dict(task=name, epoch_seconds=epoch, finder=both/epoch, profile=(both - without)/epoch, profile_of_finder=1 - without/both)
 
 
+def seconds_per_step(task, lrs, rounds=4):
+    "Seconds of a step of real training at each batch size, with its learning rate: the least of several rounds in turn, for what else a machine does only adds to it"
+    found = [{bs: step_seconds(task, bs, lr, 20) for bs,lr in lrs.items()} for _ in range(rounds)]
+    return {bs: min(f[bs] for f in found) for bs in lrs}
+
+
 def mean_of(stats, kind):
     "The average of one of the three noise scales, over noiseless steps"
     B = stats[f'{kind}noise_scale']
@@ -55,20 +61,23 @@ def main():
     best = best_runs(pd.read_csv(here/'training.csv'))
     rows,errors,costs,choices = [],[],[],[]
     for name in args.tasks:
-        task,at = tasks[name],best.loc[name]
-        seconds = {bs: step_seconds(task, bs, float(at.loc[task.targets[-1], bs].lr)) for bs in at.loc[task.targets[-1]].index}
-        costs.append(cost(name, float(at.loc[task.targets[0], bs0].lr), seconds[bs0]))
+        task,at,results = tasks[name],best.loc[name],{}
+        lrs = {b: float(lr) for b,lr in at.loc[task.targets[-1]].lr.items()}
         for target in task.targets:
             m = at.loc[target]
-            reached = [b for b in m.index if math.isfinite(m.steps[b])]
-            lr0 = float(m.lr[bs0])
-            ratios,noise,fast = [],{k: [] for k in ('', 'opt_', 'full_')},[]
+            lr0,ratios,noise,fast = float(m.lr[bs0]),[],{k: [] for k in ('', 'opt_', 'full_')},[]
             for seed in seeds:
                 learn,sug = found(task, lr0, m.steps[bs0], seed)
                 ratios.append(learn.recorder.bs_table)
                 fast.append(sug.fastest)
                 hessian,_ = found(task, lr0, m.steps[bs0], seed, hessian=True, profile=False)
                 for kind in noise: noise[kind].append(mean_of(hessian.recorder.bs_stats, kind))
+            lrs |= {f: ratios[0].loc[f, 'lr'] for f in fast if f not in lrs}
+            results[target] = m,ratios,noise,fast
+        seconds = seconds_per_step(task, lrs)
+        costs.append(cost(name, float(at.loc[task.targets[0], bs0].lr), seconds[bs0]))
+        for target,(m,ratios,noise,fast) in results.items():
+            reached = [b for b in m.index if math.isfinite(m.steps[b])]
             others = [b for b in reached if b != bs0]
             def predicted(q, b): return geomean([t.loc[b, q] for t in ratios])
             for b in m.index:
@@ -83,8 +92,7 @@ def main():
                 e[label] = off([rel_steps(b, bs0, geomean(noise[kind])) for b in others], r.steps_ratio)[0]
             errors.append(e)
             for f in sorted(set(fast)):
-                sec = seconds.get(f) or step_seconds(task, f, ratios[0].loc[f, 'lr'])
-                took = m.steps[f]*sec if f in reached else time_to_target(task, target, f, ratios[0].loc[f, 'lr'], sec)
+                took = m.steps[f]*seconds[f] if f in reached else time_to_target(task, target, f, ratios[0].loc[f, 'lr'], seconds[f])
                 all_ = {b: m.steps[b]*seconds[b] for b in reached}
                 b = min(all_, key=all_.get)
                 choices.append(dict(task=name, target=target, fastest=f, seconds=took, best_measured=b, best_seconds=all_[b], ratio=took/all_[b]))
@@ -95,7 +103,7 @@ def main():
     (here/'prediction.md').write_text(f"""# Predicted and measured
 
 {machine()}. Made by `benchmarks/prediction.py` from the real trainings in `training.csv` (`benchmarks/training.py`): at each batch size the best of a grid of learning rates by factors of 2, {len(seeds)} seeds,
-steps until the training loss on 2,000 fixed training examples is at the target. Times are those steps times the median seconds of a step in real training. Predictions are what `bs_find` says at bs={bs0}, with the best learning rate there and a mock
+steps until the training loss on 2,000 fixed training examples is at the target. Times are those steps times the seconds of a step in real training, the least of four rounds of medians. Predictions are what `bs_find` says at bs={bs0}, with the best learning rate there and a mock
 training as long as the real one.
 
 ## Relative to bs={bs0}

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from fastai_bs_finder.demo import main
 from fastai_bs_finder.suggest import round_bs
 
 root = Path(__file__).parents[1]
@@ -56,10 +57,17 @@ def test_help(tmp_path):
     (['--out', '.'], 'argument --out: . is a folder'),
     (['--what'], 'unrecognized arguments: --what'),
 ])
-def test_bad_arguments(args, words, tmp_path):
-    p = run(*args, cwd=tmp_path)
-    assert p.returncode == 2 and words in p.stderr and p.stderr.count('\n') == 1 and p.stdout == ''
+def test_bad_arguments(args, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as e: main(args)
+    p = capsys.readouterr()
+    assert e.value.code == 2 and words in p.err and p.err.count('\n') == 1 and p.out == ''
     assert list(tmp_path.iterdir()) == []
+
+
+def test_bad_arguments_from_a_shell(tmp_path):
+    p = run('--lr', '-1', cwd=tmp_path)
+    assert p.returncode == 2 and 'lr=-1.0 is not a learning rate' in p.stderr and p.stderr.count('\n') == 1 and p.stdout == ''
 
 
 def test_a_training_that_fails_is_said(tmp_path):

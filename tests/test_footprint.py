@@ -92,7 +92,7 @@ class Break(Callback):
 
 
 @pytest.mark.parametrize('error', [RuntimeError('broken'), KeyboardInterrupt(), torch.OutOfMemoryError('no memory')], ids=lambda e: type(e).__name__)
-@pytest.mark.parametrize('at', [0, 3, 15, 128])
+@pytest.mark.parametrize('at', [0, 15])
 @pytest.mark.parametrize('event', ['before_batch', 'after_pred', 'after_batch'])
 def test_an_exception_leaves_no_trace(error, at, event):
     res = []

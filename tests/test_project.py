@@ -78,7 +78,7 @@ def test_every_parameter_has_a_docment(name, o):
 @pytest.mark.parametrize('path', [p for p in tracked if not p.endswith(('.png', 'LICENSE'))])
 def test_no_word_of_machines_and_hosts(path):
     if path == 'tests/test_project.py' or not (root/path).exists(): return
-    text = (root/path).read_text()
+    text = re.sub('"image/png": "[^"]*"', '', (root/path).read_text())  # any letters may follow each other in a picture
     for word in ('/work/', '/root/', '/tmp/', '/home/', 'pypi.org', 'pythonhosted', 'FILL_IN', 'TODO'): assert word not in text, word
 
 

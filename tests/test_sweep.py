@@ -6,19 +6,16 @@ import numpy as np, pandas as pd, pytest, torch
 from PIL import Image
 from torch import nn
 from torch.utils import data as torch_data
-from fastai.basics import Adam, Callback, CancelValidException, CrossEntropyLossFlat, DataLoader, DataLoaders, Learner, SGD, accuracy, noop, set_seed
-from fastai.callback.all import MixUp
-from fastai.callback.training import GradientAccumulation
-from fastai.data.external import URLs, untar_data
+from fastai.basics import Adam, Callback, CancelValidException, CrossEntropyLossFlat, DataLoader, DataLoaders, Learner, Metric, SGD, accuracy, noop, set_seed
+from fastai.callback.all import MixUp, ParamScheduler, SchedLin
+from fastai.metrics import Perplexity
 
-from fastai_bs_finder.accumulate import AccumulateGrads
 from fastai_bs_finder.demo import digits_learner
 from fastai_bs_finder.finder import *
 from fastai_bs_finder.predict import mean_noise_scale
-from fastai_bs_finder.steps import second_loader
-from fastai_bs_finder.sweep import fit_steps, sweep_summary
+from fastai_bs_finder.sweep import fit_steps, sweep_summary, _fit_in_words
 from footprint import changes, forget, state
-from learners import applications, digits, maker
+from learners import applications, digits, maker, stream
 
 
 def sweep(learn, *args, **kwargs): return learn.bs_sweep(*args, **{'show_plot': False, 'n_eval': 300} | kwargs)
@@ -58,7 +55,7 @@ def test_equals_a_loop_of_ones_own(bs):
     steps,loss = own_loop(learn.model, bs, .3, 1.)
     per_epoch = math.ceil(320/bs)
     assert (row.steps, row.examples) == (steps, steps//per_epoch*320 + min(steps % per_epoch*bs, 320)) and row.reached
-    assert row.train_loss == pytest.approx(loss, rel=1e-5) and row.epochs == row.examples/320
+    assert row.loss == pytest.approx(loss, rel=1e-5) and row.epochs == row.examples/320
     assert row.seconds > 0
 
 
@@ -86,7 +83,7 @@ def test_looking_does_not_change_the_training():
     for cbs in ([], [MixUp]):
         last = []
         sweep(make([Last(), *(c() for c in cbs)]), [16], budget=dict(steps=60), lrs=[1e-2], monitor='accuracy')
-        looked,last = last,[]
+        looked,last = last[1:],[]  # the first step looks at the optimizer
         learn = make([Last(), NoValid(), *(c() for c in cbs)])
         with learn.no_bar(), learn.no_logging(): learn.fit(2, 1e-2)
         assert len(looked) == 60 and all(torch.equal(a, b) for a,b in zip(looked, last))
@@ -97,7 +94,7 @@ def test_losses_are_means_per_example():
     learn = plain(metrics=accuracy)
     s = sweep(learn, [1, 7, 64, 320], budget=dict(steps=2), lrs=[0.], n_eval=512)
     loss,valid_loss,acc = learn.validate(0)[0],*learn.validate(1)
-    for col,wanted in dict(train_loss=loss, valid_loss=valid_loss, accuracy=acc).items(): np.testing.assert_allclose(s[col], wanted, rtol=1e-5)
+    for col,wanted in dict(loss=loss, valid_loss=valid_loss, accuracy=acc).items(): np.testing.assert_allclose(s[col], wanted, rtol=1e-5)
 
 
 def test_seconds_are_those_of_training(monkeypatch):
@@ -160,7 +157,7 @@ def test_accumulates_what_does_not_fit():
     whole = sweep(learn, [64], 1., lrs=[.3])
     learn.recorder.bs_fits = 20
     parts = sweep(learn, [64], 1., lrs=[.3])
-    assert parts.steps[0] == whole.steps[0] and parts.train_loss[0] == pytest.approx(whole.train_loss[0], rel=1e-4)
+    assert parts.steps[0] == whole.steps[0] and parts.loss[0] == pytest.approx(whole.loss[0], rel=1e-4)
 
 
 def test_the_fit():
@@ -194,18 +191,18 @@ def test_interrupt_and_resume(at, capsys):
     learn,stop = digits_learner(),Interrupt(at)
     was = state(learn)
     with learn.added_cbs(stop): part = sized(learn)
-    assert f"Interrupted after {len(part)} training" in capsys.readouterr().out
+    assert ('Interrupted after' if len(part) else 'Interrupted before the first training') in capsys.readouterr().out
     assert len(part) < len(whole) and vars(learn.recorder).get('bs_sweep', part).equals(part)
     forget(learn)
     assert changes(was, state(learn)) == []
     for before in (part, pd.read_csv(StringIO(part.to_csv(index=False)))):
         rest = digits_learner(cbs=Interrupt(10**9))
         full = sized(rest, resume=before)
-        assert Interrupt.n == full.steps.sum() - before.steps.sum()
+        assert Interrupt.n == full.steps.sum() - before.steps.sum() + 1  # one step to look at the optimizer
         pd.testing.assert_frame_equal(full.drop(columns='seconds'), whole.drop(columns='seconds'), check_dtype=False)
     again,count = digits_learner(),Interrupt(10**9)
     with again.added_cbs(count): sized(again, resume=whole)
-    assert count.n == 0
+    assert count.n == 1
 
 
 class Fails(Interrupt):
@@ -231,7 +228,7 @@ def test_every_application(name, fastai_data):
     learn = make()
     was = state(learn)
     s = sweep(learn, [12, 24], budget=dict(steps=3), lrs=[lr], n_eval=30)
-    assert list(s.bs) == [12, 24] and (s.steps == 3).all() and s.train_loss.notna().all()
+    assert list(s.bs) == [12, 24] and (s.steps == 3).all() and s.loss.notna().all()
     forget(learn)
     assert changes(was, state(learn)) == []
 
@@ -247,8 +244,8 @@ def test_out_of_memory_ends_at_that_size(capsys):
 @pytest.mark.parametrize('kwargs,words', [
     (dict(bss=[]), 'bss is empty'), (dict(bss=[0]), 'bss=0 is not|batch size in bss=0'), (dict(bss=[2.5]), 'batch size in bss=2.5'), (dict(bss=[9999]), 'bss has 9999, more than the 320 examples'),
     (dict(target='low'), "target='low' is not a number"), (dict(target=math.nan), 'target=nan'), (dict(budget=0), 'budget of epochs=0 is not a number above 0'), (dict(budget=dict(hours=1)), "budget={'hours': 1} is not a number of epochs"),
-    (dict(lrs=[]), 'lrs has no learning rate'), (dict(lrs=[-1.]), 'lr=-1.0 is not a learning rate'), (dict(lr=math.inf), 'lr=inf is not'), (dict(monitor='accuracy'), "monitor='accuracy' is not one of train_loss, valid_loss"),
-    (dict(n_eval=0), 'n_eval=0'), (dict(resume=pd.DataFrame(dict(bs=[1]))), 'resume has no column'), (dict(lrs=[[.1, .2, .3]]), r'has 3 values, but the optimizer has 1 parameter group')])
+    (dict(lrs=[]), 'lrs has no learning rate'), (dict(lrs=[-1.]), 'lr=-1.0 is not a learning rate'), (dict(lr=math.inf), 'lr=inf is not'), (dict(monitor='accuracy'), "monitor='accuracy' is not one of loss, valid_loss"),
+    (dict(n_eval=0), 'n_eval=0'), (dict(resume=pd.DataFrame(dict(bs=[1]))), 'resume has no column'), (dict(resume='a.csv'), "resume='a.csv' is not a DataFrame"), (dict(bss=nn), 'is not a list of batch sizes'), (dict(target=True), 'target=True'), (dict(lrs=[[.1, .2, .3]]), r'has 3 values, but the optimizer has 1 parameter group')])
 def test_bad_input(kwargs, words):
     learn = plain()
     was = state(learn)
@@ -260,7 +257,138 @@ def test_bad_input(kwargs, words):
 def test_another_target_is_not_resumed():
     learn = plain()
     before = sweep(learn, [16], 1., lrs=[.3])
-    with pytest.raises(ValueError, match='resume was made with target=1.0, and this sweep has target=0.9'): sweep(learn, [16], .9, lrs=[.3], resume=before)
+    for resume in (before, pd.read_csv(StringIO(before.to_csv()))):
+        with pytest.raises(ValueError, match="resume was made with monitor='loss' and target=1.0, and this sweep has monitor='loss' and target=0.9"): sweep(learn, [16], .9, lrs=[.3], resume=resume)
+
+
+def test_resume_goes_on_with_a_larger_budget():
+    learn = plain()
+    before = sweep(learn, [16], 1., lrs=[.1], budget=1)
+    assert not before.reached.any()
+    after = sweep(learn, [16], 1., lrs=[.1], budget=30, resume=before)
+    assert after.reached.all() and len(after) == 1
+    again = sweep(learn, [16], budget=2, lrs=[.1], resume=sweep(learn, [16], budget=1, lrs=[.1]))
+    assert again.epochs[0] == 2
+
+
+def test_a_search_that_is_finished_is_not_trained_again():
+    whole = sweep(plain(), [16, 32], 1., lr=.1, budget=30)
+    learn,count = plain(),Interrupt(10**9)
+    with learn.added_cbs(count): again = sweep(learn, [16, 32], 1., lr=.1, budget=30, resume=pd.read_csv(StringIO(whole.to_csv())))
+    assert count.n == 1
+    pd.testing.assert_frame_equal(again.drop(columns='seconds'), whole.drop(columns='seconds'), check_dtype=False)
+
+
+def test_slices_survive_a_file():
+    def two_groups(model): return [list(model[0].parameters()), list(model[2].parameters())]
+    def run(**kwargs): return sweep(plain(splitter=two_groups), [16, 32], 1., lrs=[slice(.03, .3), [.1, .2]], budget=30, **kwargs)
+    whole = run()
+    again = run(resume=pd.read_csv(StringIO(whole.to_csv())))
+    assert list(map(str, again.lr)) == list(map(str, whole.lr)) and list(again.seconds) == list(whole.seconds)
+
+
+def test_lower_is_better_for_errors():
+    "By their names, or as one says"
+    def mse(pred, y): return nn.functional.mse_loss(pred.softmax(1), nn.functional.one_hot(y, 10).float())
+    def wrong(pred, y): return 1 - (pred.argmax(1) == y).float().mean()
+    for metric,kwargs in ((Perplexity(), dict(monitor='perplexity', target=2.)), (mse, dict(monitor='mse', target=.03)), (wrong, dict(monitor='wrong', target=.2, comp=np.less))):
+        row = sweep(plain(metrics=metric), [16], lrs=[.3], budget=60, **kwargs).iloc[0]
+        assert row.reached and row.steps > 20 and row[kwargs['monitor']] <= kwargs['target']
+
+
+def test_a_target_that_is_there_at_once_is_said(capsys):
+    sweep(plain(), [16], 5., lrs=[.1])
+    assert 'A training loss of 5 is there after a single step: choose a target that takes training' in capsys.readouterr().out
+
+
+def test_a_model_that_changes_its_input():
+    "The batches for evaluation stay what they are"
+    class InPlace(nn.Linear):
+        def forward(self, x): return super().forward(x.sub_(.3).div_(.5))
+    class Copies(nn.Linear):
+        def forward(self, x): return super().forward((x - .3)/.5)
+    def loss(cls):
+        learn = plain()
+        set_seed(2)
+        learn.model = cls(64, 10)
+        learn.dls.train.dataset = [(x.clone(), y) for x,y in learn.dls.train.dataset]
+        return sweep(learn, [16], budget=2, lrs=[.05]).loss[0]
+    assert loss(InPlace) == pytest.approx(loss(Copies), rel=1e-5)
+
+
+def test_out_of_memory_in_evaluation_is_not_the_batch_size():
+    class Large(Callback):
+        def before_batch(self):
+            if not self.training: raise torch.OutOfMemoryError('no memory left')
+    with pytest.raises(torch.OutOfMemoryError): sweep(plain(cbs=Large()), [16, 32], 1., lrs=[.1])
+
+
+def test_metrics_that_come_late_or_are_no_numbers(capsys):
+    class Late(Metric):
+        "Not a number until the model is better than chance"
+        name = 'late'
+        def reset(self): self.right = self.n = 0
+        def accumulate(self, learn): self.right,self.n = self.right + (learn.pred.argmax(1) == learn.y).sum().item(),self.n + len(learn.y)
+        @property
+        def value(self): return self.right/self.n if self.right > .4*self.n else math.nan
+    class Each(Late):
+        name = 'each'
+        value = np.ones(3)
+    row = sweep(plain(metrics=[Late(), Each()]), [16], .6, lrs=[.3], monitor='late', budget=60).iloc[0]
+    assert row.reached and row.late >= .6 and math.isnan(row.each)
+    Late.value = math.nan
+    never = sweep(plain(metrics=[Late()]), [16], .6, lrs=[.3], monitor='late', budget=1)
+    assert not never.reached.any() and 'No training had a finite late' in capsys.readouterr().out
+
+
+def test_a_loss_that_is_no_number_ends_it(capsys):
+    s = sweep(plain(), [16], 1., lrs=[1e38], budget=30)
+    assert s.steps[0] < 20 and not s.reached[0]
+
+
+def test_validation_that_is_cancelled_is_an_error():
+    class Never(Callback):
+        def before_validate(self): raise CancelValidException
+    learn = plain(cbs=Never())
+    was = state(learn)
+    with pytest.raises(ValueError, match='There is no loss to watch: the evaluation saw no batch'): sweep(learn, [16], 1., lrs=[.1])
+    forget(learn)
+    assert changes(was, state(learn)) == []
+
+
+def test_schedules_are_set_aside():
+    learn = plain(cbs=ParamScheduler({'lr': SchedLin(1e-5, 1e-4)}))
+    s = sweep(learn, [16], budget=2, lrs=[.01, .3])
+    assert s.loss[1] < s.loss[0] - .1 and s.loss[1] == pytest.approx(sweep(plain(), [16], budget=2, lrs=[.3]).loss[0])
+
+
+def test_with_accumulation_the_size_in_use_is_the_window():
+    learn = plain(bs=64)
+    learn.recorder.bs_fits = 16
+    with learn.no_logging(): learn.set_bs(64)
+    s = sweep(learn, [64], 1., lr=.3, budget=60)
+    assert s.attrs['bs'] == 64 and s.lr[0] == .3
+
+
+def test_a_stream_has_no_epochs():
+    with pytest.raises(ValueError, match='The budget is in epochs, and the training loader does not know'): sweep(stream(), [16], lrs=[.1])
+
+
+def test_all_learning_rates_are_looked_at_first():
+    learn,count = plain(),Interrupt(10**9)
+    with pytest.raises(ValueError, match='has 3 values'), learn.added_cbs(count): sweep(learn, [16], lrs=[.3, [.1, .2, .3]])
+    assert count.n == 0
+
+
+def test_what_the_fit_cannot_tell_is_not_said():
+    bs = [16, 32, 64, 128]
+    for steps,words in (([1000/b for b in bs], 'the critical batch size is larger than that'), ([100]*4, 'the critical batch size is smaller than that'), ([66*(1 + 50/b) for b in bs], 'the measured critical batch size is 50')):
+        assert words in _fit_in_words(fit_steps(bs, steps), bs)
+
+
+def test_the_edge_of_the_learning_rates_is_said(capsys):
+    sweep(plain(), [16], 1., lrs=[.01, .05], budget=60)
+    assert 'The best learning rate of bs=16 is the highest that was tried' in capsys.readouterr().out
 
 
 def test_what_it_says_and_shows(capsys):
@@ -269,7 +397,7 @@ def test_what_it_says_and_shows(capsys):
     s = sweep(learn, [16, 64, 256], .5, lrs=[.2, .4, .8])
     said = capsys.readouterr().out.splitlines()[-1]
     top = s[s.best].set_index('bs')
-    assert said.startswith(f"bs={top.seconds.idxmin()} reaches a training loss of 0.5 in the shortest time") and 'The steps are about' in said
+    assert said.startswith(f"bs={top.seconds.idxmin()} reaches a training loss of 0.5 in the shortest time") and 'critical batch size is' in said
     fig = learn.recorder.plot_bs_sweep()
     assert [ax.get_ylabel() for ax in fig.axes] == ['Steps', 'Examples', 'Seconds']
     labels = fig.axes[0].get_legend_handles_labels()[1]

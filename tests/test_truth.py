@@ -62,7 +62,7 @@ def test_the_two_truths_agree(trained):
         assert S/G2 == pytest.approx(truth, rel=1e-4)
 
 
-@pytest.mark.parametrize('epoch', [0, 1, 3])
+@pytest.mark.parametrize('epoch', [0, 3])
 @pytest.mark.parametrize('dl_class', [DataLoader, VaryingSizes])
 def test_four_long_measurements(trained, epoch, dl_class):
     model,truth = trained(epoch)
@@ -75,7 +75,7 @@ def test_four_long_measurements(trained, epoch, dl_class):
     assert rmse <= .2
 
 
-@pytest.mark.parametrize('epoch', [0, 1, 3])
+@pytest.mark.parametrize('epoch', [0, 3])
 @pytest.mark.parametrize('varying', [False, True])
 def test_the_interval_covers_the_truth(trained, epoch, varying):
     """500 times 16 measurements of 5 batches, from the inner products of all per-example gradients.
