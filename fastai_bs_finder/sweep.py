@@ -177,7 +177,7 @@ def fit_steps(
     s_min,critical = np.exp(fit.x)
     return dict(s_min=float(s_min), critical=float(critical), error=float(np.exp(np.sqrt(np.mean(fit.fun**2)))))
 
-# %% ../nbs/16_sweep.ipynb #a02bf960
+# %% ../nbs/16_sweep.ipynb #e54e118c
 _hopeless,_hopeless_size,_most_lrs = 1.25,3,12
 _columns = 'bs lr steps examples epochs seconds loss'.split()
 
@@ -233,7 +233,6 @@ class _Sweep:
         self.rows.append(dict(bs=bs, lr=lr, steps=run.steps, examples=run.examples, epochs=run.examples/self.n if self.n else math.nan, seconds=run.seconds) | values | dict(reached=run.reached))
         self._done += 1
         if self.bar: self.bar.total = 100*max(self._planned, self._done + 1)
-        self.publish()
         return self.rows[-1]
 
     def score(self, row):
