@@ -10,7 +10,7 @@ help:
 	@echo "make test       run the notebooks' tests and pytest"
 	@echo "make table      run the tests that make the table of what bs_find works with"
 	@echo "make notebooks  execute every notebook afresh and keep its outputs"
-	@echo "make short      execute the notebooks with real trainings, shortened, and keep nothing; needs FASTAI_HOME"
+	@echo "make short      execute the notebooks with real trainings, shortened, into build/short; needs FASTAI_HOME"
 	@echo "make readme     make README.md from nbs/index.ipynb"
 	@echo "make bench      measure speed and memory, and compare predictions with real training (some minutes)"
 	@echo "make training   run the real trainings that predictions are compared with (an hour); both need FASTAI_HOME"

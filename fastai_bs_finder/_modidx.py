@@ -325,6 +325,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'fastai_bs_finder.set_bs._in_words': ('set_bs.html#_in_words', 'fastai_bs_finder/set_bs.py'),
                                          'fastai_bs_finder.set_bs.check_settable': ( 'set_bs.html#check_settable',
                                                                                      'fastai_bs_finder/set_bs.py'),
+                                         'fastai_bs_finder.set_bs.examples_per_step': ( 'set_bs.html#examples_per_step',
+                                                                                        'fastai_bs_finder/set_bs.py'),
                                          'fastai_bs_finder.set_bs.known_fits': ('set_bs.html#known_fits', 'fastai_bs_finder/set_bs.py'),
                                          'fastai_bs_finder.set_bs.micro_bs': ('set_bs.html#micro_bs', 'fastai_bs_finder/set_bs.py')},
             'fastai_bs_finder.snapshot': { 'fastai_bs_finder.snapshot.Snapshot': ('snapshot.html#snapshot', 'fastai_bs_finder/snapshot.py'),

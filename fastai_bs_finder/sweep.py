@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['fit_steps', 'sweep_summary']
 
-# %% ../nbs/16_sweep.ipynb #4bc9f447
+# %% ../nbs/16_sweep.ipynb #bfb3651e
 import math, re, time
 from collections.abc import Callable, Iterable
 from copy import deepcopy
@@ -19,7 +19,6 @@ from fastcore.foundation import L
 from fastai.callback import progress
 from fastai.callback.core import Callback, CancelFitException, CancelValidException
 from fastai.callback.schedule import ParamScheduler
-from fastai.callback.training import GradientAccumulation
 from fastai.imports import noop
 from fastai.learner import Learner, Recorder
 from fastai.torch_core import set_seed, to_cpu
@@ -28,7 +27,7 @@ from .finder import _check_learner, _check_lr, _check_opt
 from .geometry import OptMetric
 from .plot import _show_once
 from .predict import mean_noise_scale, rel_steps, scale_lr, sizes_between, _lr, _num, _ratio
-from .set_bs import check_settable, known_fits, micro_bs
+from .set_bs import check_settable, examples_per_step, known_fits, micro_bs
 from .snapshot import Snapshot, training_tensors
 from .steps import StepTime, batch_size, len_or_none, mock_training, n_examples, n_train_examples, out_of_memory, rebatch, run_steps, second_loader, synchronize, Passes, _check_empty, _whole
 
@@ -177,7 +176,7 @@ def fit_steps(
     s_min,critical = np.exp(fit.x)
     return dict(s_min=float(s_min), critical=float(critical), error=float(np.exp(np.sqrt(np.mean(fit.fun**2)))))
 
-# %% ../nbs/16_sweep.ipynb #e54e118c
+# %% ../nbs/16_sweep.ipynb #5b6f3a28
 _hopeless,_hopeless_size,_most_lrs = 1.25,3,12
 _columns = 'bs lr steps examples epochs seconds loss'.split()
 
@@ -193,7 +192,7 @@ class _Sweep:
     ):
         self.learn,self.watch,self.lrs,self.lr,self.rows,self.bar = learn,watch,lrs,lr,rows,bar
         self.opt,self.too_large,self._done,self._planned,self._searched = 'adam',math.inf,0,1,[]
-        self.bs0,self.n = max(batch_size(learn.dls.train), *(o.n_acc for o in learn.cbs if isinstance(o, GradientAccumulation)), 0),n_train_examples(learn)
+        self.bs0,self.n = examples_per_step(learn),n_train_examples(learn)
         stats = getattr(learn.recorder, 'bs_stats', None)
         noise = mean_noise_scale(stats) if stats is not None else None
         self.noise_scale = noise and noise[0]
@@ -307,7 +306,7 @@ class _Sweep:
 
 def _key(lr): return f'{lr:.5g}' if isinstance(lr, Real) else str(lr)
 
-# %% ../nbs/16_sweep.ipynb #c0b435b9
+# %% ../nbs/16_sweep.ipynb #db492003
 _budgets = 'epochs', 'steps', 'seconds'
 
 def _positive(name, x):
@@ -357,7 +356,7 @@ def _fixed_batches(learn, n):
     res,seen,dl = [],0,learn.dls.train
     some = max(4*batch_size(dl), batch_size(learn.dls.valid) or 0)  # without gradients, that should fit
     bs = 2**int(math.log2(min(_eval_bs, some, n_train_examples(learn) or _eval_bs)))
-    n = math.ceil(n/_eval_bs)*_eval_bs  # the same examples whatever fits
+    n = math.ceil(n/_eval_bs)*_eval_bs  # the same examples whatever the batch size
     with mock_training(learn):
         set_seed(0)
         for b in rebatch(second_loader(dl), bs):
@@ -412,14 +411,13 @@ def bs_sweep(self:Learner,
     if show_plot and len(stats): self.recorder.plot_bs_sweep()
     return stats
 
-# %% ../nbs/16_sweep.ipynb #2b2b2f3e
+# %% ../nbs/16_sweep.ipynb #04af2bd5
 def _said(monitor): return {'loss': 'training loss', 'valid_loss': 'validation loss'}.get(monitor, monitor.replace('_', ' '))
 
 def _fit_in_words(fit, sizes):
-    steps = f"The steps are about {_num(fit['s_min'])}·(1 + {_num(fit['critical'])}/bs), within {fit['error'] - 1:.0%}"
     if fit['critical'] > max(sizes): return f"Even at bs={max(sizes)} a larger batch saves steps almost in proportion: the critical batch size is larger than that."
     if fit['critical'] < min(sizes): return f"Even at bs={min(sizes)} a larger batch hardly saves steps: the critical batch size is smaller than that."
-    return f"{steps}: the measured critical batch size is {_num(fit['critical'])}."
+    return f"The steps are about {_num(fit['s_min'])}·(1 + {_num(fit['critical'])}/bs), within {fit['error'] - 1:.0%}: the measured critical batch size is {_num(fit['critical'])}."
 
 def _edges_in_words(stats):
     "Batch sizes whose best learning rate is the highest or the lowest of those tried"
