@@ -281,11 +281,9 @@ def test_tensorboard(tmp_path):
 def test_wandb(tmp_path, monkeypatch, offline_wandb):
     import wandb
     from fastai.callback.wandb import WandbCallback
-    monkeypatch.setenv('WANDB_MODE', 'offline')
-    monkeypatch.setenv('WANDB_SILENT', 'true')
     monkeypatch.chdir(tmp_path)
     logged = []
-    with wandb.init(dir=tmp_path) as run:
+    with wandb.init(mode='offline', dir=tmp_path):
         monkeypatch.setattr(wandb, 'log', lambda d, **kwargs: logged.append(d))
         learn = quiet_fit(dropout_and_batch_norm(), 2, [often(), WandbCallback(log_preds=False, log_model=False)])
     values = [d['noise_scale'] for d in logged if 'noise_scale' in d]
