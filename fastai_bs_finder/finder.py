@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BSFinder']
 
-# %% ../nbs/04_finder.ipynb #2a462eb4
+# %% ../nbs/04_finder.ipynb #b8608d7e
 import inspect, math, time, warnings
 from collections import namedtuple
 from collections.abc import Callable
@@ -18,30 +18,33 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fastcore.basics import patch, tuplify
 from fastcore.foundation import L
 from fastai.callback import progress
-from fastai.callback.core import Callback, TrainEvalCallback, CancelBatchException, CancelFitException, CancelValidException
+from fastai.callback.core import TrainEvalCallback, CancelBatchException, CancelFitException
 from fastai.callback.fp16 import MixedPrecision, NonNativeMixedPrecision
 from fastai.imports import noop
 from fastai.learner import Learner
+from fastai.torch_core import num_distrib
+from .distributed import by_itself, together, Processes
 from .geometry import HessianSums, OptMeter, _columns
 from .layers import layer_table
 from .memory import estimate_memory, _warm_up
-from .noise import GradSums, NoiseAverage
-from .steps import len_or_none, loss_scale, mock_training, n_examples, n_train_examples, profile_steps, Passes, _check_empty, _check_model, _whole
+from .noise import GradSums, Noise, NoiseAverage
+from .steps import len_or_none, loss_scale, mock_training, n_examples, n_train_examples, profile_steps, set_gradients, LockStep, Passes, _check_empty, _check_model, _whole
 from .predict import bs_table
 from .suggest import bs_summary, critical, fastest
 
-# %% ../nbs/04_finder.ipynb #c8384a7b
+# %% ../nbs/04_finder.ipynb #cc31e04e
 _biased = ("step_every_batch=True is for comparison only: while every batch steps, the noise in one gradient moves the weights at which the next is taken. "
            "That biases the scale |G|² by about −lr·tr(HΣ)/b, and the noise scale comes out too large or negative at learning rates that train well. "
            "Leave it at False for a number to act on.")
+_not_finite = "the loss is not finite: lower lr"
 
-# %% ../nbs/04_finder.ipynb #04a2da67
-class BSFinder(Callback):
+# %% ../nbs/04_finder.ipynb #0d7683c2
+class BSFinder(LockStep):
     "Measures the gradient noise scale during training: `n_batch` batches at fixed weights, one step with their mean gradient, `n_train` ordinary steps, and again"
-    order,run_valid = TrainEvalCallback.order-1,False
+    order = TrainEvalCallback.order-1
     def __init__(self,
         num_it:int, # Number of batches to spend in all
-        n_batch:int=10, # Number of batches per measurement, 2 or more
+        n_batch:int=10, # Number of batches per measurement, 2 or more; where several processes train together, of each, 1 or more
         beta:float=.9, # EMA factor over measurements, in [0, 1)
         n_train:int|None=None, # Number of ordinary training steps between measurements; `None`: as many as `n_batch`
         step_every_batch:bool=False, # Step after every batch, in measurements too? Biased: for comparison with older tools only
@@ -49,7 +52,7 @@ class BSFinder(Callback):
         hessian:bool=False, # Measure the paper's full noise scale too, with Hessian-vector products?
     ):
         if n_train is None: n_train = 0 if step_every_batch else n_batch
-        _whole('n_batch', n_batch, 2)
+        _whole('n_batch', n_batch, 1 if num_distrib() > 1 else 2)
         _whole('n_train', n_train, 0)
         _whole('num_it', num_it, 1)
         if num_it < n_batch:
@@ -61,7 +64,7 @@ class BSFinder(Callback):
         self._start()
 
     def _start(self):
-        self._meter,self._rows,self._lr,self._bs = None,[],math.nan,0
+        self._meter,self._rows,self._lr,self._bs,self._all_bs = None,[],math.nan,0,0
         self._stretch,self.step_seconds = None,[]
         self._full_average,self._hessian_sums,self.parts = NoiseAverage(self.beta),None,[]
         self._spent,self._seen,self._steps,self._to_train,self._loss_sum = 0,0,0,0,0.
@@ -69,29 +72,34 @@ class BSFinder(Callback):
         self._measuring,self._batch_norm,self.stopped,self.diverged,self.missing,self.error = False,False,None,False,'',None
 
     def before_fit(self):
+        super().before_fit()
         self._start()
         self._meter = OptMeter(self.opt, self.beta)
         if self.pbar: self.pbar.update(0)
 
-    def before_validate(self): raise CancelValidException
-
     def _stop(self, why=None, error=None):
-        self.stopped,self.error = why and f"Stopped after {self._spent + 1} of {self.num_it} batches: {why}.",error
-        raise CancelFitException
+        self.error = error
+        self.meet('stop', (self._spent + 1, why))
+
+    def stop_for(self, rank, said):
+        after,why = said
+        if why is None: return
+        self.diverged = why == _not_finite
+        self.stopped = f"Stopped after {after} of {self.num_it} batches: {why}{f' (rank {rank})' if self.processes.size > 1 else ''}."
 
     def _check_loss(self):
         "Stop where the loss is not finite"
-        self.diverged = not torch.isfinite(self.learn.loss.detach()).all()
-        if self.diverged: self._stop("the loss is not finite: lower lr")
+        if not torch.isfinite(self.learn.loss.detach()).all(): self._stop(_not_finite)
 
     def after_loss(self):
         if not self._spent: self._first_loss = self.learn.loss.detach().mean()
         if not len(self.yb): self._stop(error=ValueError("The training loader yields no target: a loss, and its gradient, need one. Give the loader targets, or set dls.n_inp"))
         if not n_examples(self.learn): self._stop(error=ValueError("The examples of a batch cannot be counted: neither its first target nor its first input is a tensor with the examples along its first axis"))
 
-# %% ../nbs/04_finder.ipynb #1cb24a35
+# %% ../nbs/04_finder.ipynb #14762771
 @patch
 def before_train(self:BSFinder):
+    LockStep.before_train(self)
     self._drop_measurement()
     if len_or_none(self.dl) is None: self.learn.dl = Passes(self.dl, self.num_it, self._drop_measurement)
 
@@ -102,6 +110,7 @@ def _drop_measurement(self:BSFinder):
 
 @patch
 def before_batch(self:BSFinder):
+    self.keep_apart()
     cycle = self.n_train + self.n_batch
     if not self._spent and self.num_it >= 4*cycle and self.n_iter >= cycle: self._to_train = self.n_train
     fits = self.n_batch <= min(self.n_iter - self.iter, self.num_it - self._spent)
@@ -120,10 +129,10 @@ def _begin(self:BSFinder):
 def _clear_grads(self:BSFinder):
     for p in self._meter.params: p.grad = None
 
-# %% ../nbs/04_finder.ipynb #c46c2769
+# %% ../nbs/04_finder.ipynb #93ee6405
 @patch
 def after_backward(self:BSFinder):
-    if not self._measuring: return
+    if not self._measuring: return self.average_gradients(self._meter.params, 0., 0., 0.)
     grads,bs = [p.grad for p in self._meter.params],n_examples(self.learn)
     if all(g is None for g in grads): self._leave_out('no batch gave a gradient')
     scale = loss_scale(self.learn)
@@ -150,26 +159,31 @@ def _skip_step(self:BSFinder):
     self._clear_grads()
     raise CancelBatchException
 
-# %% ../nbs/04_finder.ipynb #4fd546f3
+# %% ../nbs/04_finder.ipynb #acaee831
 @patch
 def _complete(self:BSFinder, bs, loss_scale):
     self._check_loss()
-    loss,self._loss_sum = float(self._loss_sum/self._meter.sums.samples),0.
+    loss_sum,measured,all_bs = self.add_up(self._meter.sums, self._meter.params, float(self._loss_sum), 1., float(self._bs))
+    self._loss_sum,self._all_bs = 0.,int(all_bs)
+    if measured < self.processes.size:  # somebody else's epoch did not have enough batches left
+        self._to_train = self.n_train
+        return set_gradients(self._meter.params, self._meter.sums.pop_mean(loss_scale))
+    loss = loss_sum/self._meter.sums.samples
     finite,mean = self._meter.end(),self._meter.sums.pop_mean(loss_scale)
     self._to_train = self.n_train
     if not finite: self._leave_out('the gradients are not finite')
     noises,scales = self._meter.parts
     self.parts.append(np.stack([noises[0], scales[0]]))
-    if self.hessian: self._full_average.append(self._hessian_sums.noise_and_scale())
+    if self.hessian: self._full_average.append(Noise(*(np.mean(self.processes.gather(x)) for x in self._hessian_sums.noise_and_scale())))
     if not self._rows:
         self._lr = float(self.opt.hypers[-1]['lr'])
         self._batch_norm = any(isinstance(m, _BatchNorm) and m.training for m in self.learn.model.modules())
-    row = dict(batch=self._spent + 1, step=self._steps, samples=self._seen + bs, loss=loss) | self._meter.columns()
+    row = dict(batch=self._spent + 1, step=self._steps, samples=self._seen + bs*self.processes.size, loss=loss) | self._meter.columns()
     self._rows.append(row | (_columns(self._full_average, 'full_') if self.hessian else {}))
     noise_scale,lo,hi = (row[f'opt_{c}'] for c in ('noise_scale', 'lo', 'hi'))
     if self.pbar and not math.isnan(hi): self.pbar.comment = f'noise scale at least {lo:.0f}' if hi == math.inf else f'noise scale {noise_scale:.0f}'
     if not self.step_every_batch:
-        for p,g in zip(self._meter.params, mean): p.grad = None if g is None else g.to(p.dtype)
+        set_gradients(self._meter.params, mean)
 
 # %% ../nbs/04_finder.ipynb #0639fa06
 @patch
@@ -178,7 +192,7 @@ def before_backward(self:BSFinder):
     try: self._hessian_sums.add(self.learn.loss_grad, self._meter.params, self._meter.sums)
     except RuntimeError as e: self._stop(error=ValueError(f"hessian=True needs second derivatives of the loss, and one is missing: {e}. Leave hessian at False"))
 
-# %% ../nbs/04_finder.ipynb #beba2d1c
+# %% ../nbs/04_finder.ipynb #10a527b7
 @patch
 def after_step(self:BSFinder): self._steps += 1
 
@@ -194,7 +208,7 @@ def after_batch(self:BSFinder):
     self._stretch = self._stretch if not self._measuring else None if self._meter.n_batch else time.perf_counter()
     self._measuring = False
     self._spent += 1
-    self._seen += n_examples(self.learn)
+    self._seen += n_examples(self.learn)*self.processes.size
     if self.pbar: self.pbar.update(self._spent)
     if self._spent >= self.num_it: raise CancelFitException
 
@@ -203,7 +217,7 @@ def stats(self:BSFinder) -> pd.DataFrame: # A row per measurement, and in `attrs
     "The measurements so far"
     early = f"Stopped after {self._spent} of {self.num_it} batches: a callback, or the end of the data, ended the training." if self._spent < self.num_it else None
     res = pd.DataFrame(self._rows, columns=['batch', 'step', 'samples', 'loss', *(c for prefix in ('', 'opt_', 'full_')[:2 + self.hessian] for c in _columns(self._full_average, prefix))])
-    res.attrs.update(first_loss=float(self._first_loss), opt='adam' if self._meter and self._meter.metric.adaptive else 'sgd', bs=self._bs, lr=self._lr, num_it=self.num_it, n_batch=self.n_batch, beta=self.beta, n_train=self.n_train,
+    res.attrs.update(first_loss=float(self._first_loss), opt='adam' if self._meter and self._meter.metric.adaptive else 'sgd', bs=self._all_bs or self._bs, processes=self.processes.size, lr=self._lr, num_it=self.num_it, n_batch=self.n_batch, beta=self.beta, n_train=self.n_train,
                      step_every_batch=self.step_every_batch, batch_norm=self._batch_norm, stopped=self.stopped or early, diverged=self.diverged, missing=self.missing)
     return res
 
@@ -253,15 +267,19 @@ def _share(profile):
     if not isinstance(profile, Real) or not 0 <= profile < math.inf: raise ValueError(f"profile={profile!r} is not True, False or a share of the time of 0 or more, such as 0.2")
     return float(profile)
 
-# %% ../nbs/04_finder.ipynb #6948c1fc
+# %% ../nbs/04_finder.ipynb #46bad968
 def _profile(learn, stats, step_seconds, budget):
     "What is known of time and memory, into the `attrs` of `stats`"
     _warm_up()
-    a,end = stats.attrs,time.perf_counter() + budget
-    bs,a['step_time'] = a['bs'],{a['bs']: median(step_seconds)} if len(step_seconds) > 2 else {}
-    try: memory = estimate_memory(learn, bs, budget/3)
+    a,end,processes = stats.attrs,time.perf_counter() + budget,Processes(learn)
+    bs = a['bs']
+    step = processes.agree(median(step_seconds) if len(step_seconds) > 2 else math.nan, np.max)
+    a['step_time'] = {} if math.isnan(step) else {bs: step}
+    try:
+        with by_itself(learn): memory = estimate_memory(learn, processes.share(bs), budget/3)
     except Exception: memory = None
-    if memory: a['max_bs'] = memory.max_bs()
+    fits = processes.agree(memory.max_bs() if memory else math.nan, np.min)
+    if not math.isnan(fits): a['max_bs'] = int(fits)*processes.size
 
     def timed(sizes, seconds):
         sizes = [b for b in sizes if b not in a['step_time'] and b <= min(a['n'] or math.inf, a.get('max_bs') or math.inf)]
@@ -275,12 +293,12 @@ def _profile(learn, stats, step_seconds, budget):
         best = fastest(stats)
         if best is None or best in a['step_time'] or timed([best], end - time.perf_counter()): break
 
-# %% ../nbs/04_finder.ipynb #9d4a169e
+# %% ../nbs/04_finder.ipynb #665fb18d
 @patch
 def bs_find(self:Learner,
     lr:float|slice|list|None=None, # Learning rate of the mock training, as in `fit`; `None`: the learner's
     num_it:int|None=None, # Number of batches to spend; `None`: one epoch, which a loader without a length does not have
-    n_batch:int=10, # Number of batches per measurement, 2 or more
+    n_batch:int=10, # Number of batches per measurement, 2 or more; where several processes train together, of each, 1 or more
     beta:float=.9, # EMA factor over measurements, in [0, 1)
     n_train:int|None=None, # Number of ordinary training steps between measurements; `None`: as many as `n_batch`
     show_plot:bool=True, # Draw the picture?
@@ -291,34 +309,40 @@ def bs_find(self:Learner,
     hessian:bool=False, # Measure the paper's full noise scale too, with Hessian-vector products? Takes some three times as long
 ) -> tuple: # `SuggestedBS`, a named tuple of batch sizes with the names of `suggest_funcs`; `None` in it where nothing can be said
     "Launch a mock training to find a good batch size; see also `learn.recorder.bs_table`, `bs_stats`, `bs_layers` and `plot_bs_find`. Raises `ValueError` on bad input, before anything is touched"
-    lr,funcs = _check_lr(lr),tuplify(suggest_funcs)
-    names,share = _names(funcs),_share(profile)
-    _check_learner(self)
-    if hessian and any(isinstance(o, (MixedPrecision, NonNativeMixedPrecision)) for o in self.cbs): raise ValueError("hessian=True needs full precision: remove mixed precision for it, learn.to_fp32(), or leave hessian at False")
-    n_epoch_it = _check_loader(self.dls.train, num_it)
-    cb = BSFinder(n_epoch_it if num_it is None else num_it, n_batch, beta, n_train, step_every_batch, hessian=hessian)
-    if n_epoch_it and n_batch > n_epoch_it:
-        raise ValueError(f"n_batch={n_batch} is more than the {n_epoch_it} batches of an epoch, and a measurement stays within one: lower n_batch to {max(n_epoch_it, 2)} or less, or measure with smaller batches")
-    bar = progress.progress_bar(range(cb.num_it), leave=False) if any(isinstance(o, progress.ProgressCallback) for o in self.cbs) else None
-    try:
-        with mock_training(self):
-            self.lr_finder,cb.pbar = cb,bar
-            _check_opt(self.opt, lr)
-            start = time.perf_counter()
-            self.fit(math.ceil(cb.num_it/n_epoch_it) if n_epoch_it else 1, lr, cbs=cb)
-            stats = cb.stats
-            stats.attrs.update(n=n_train_examples(self), lr_given=self.lr if lr is None else lr, suggested={})
-            if share and len(stats): _profile(self, stats, cb.step_seconds, share*(time.perf_counter() - start))
-    except BaseException:
-        if bar and bar.last_v is not None: bar.on_interrupt()
-        raise
-    if bar and bar.last_v is not None: bar.on_iter_end()
-    if cb.error: raise cb.error
-
-    self.recorder.bs_stats,self.recorder.bs_table = stats,bs_table(stats)
-    self.recorder.bs_layers = layer_table(self.model, cb._meter.params, np.reshape(cb.parts, (-1, 2, len(cb._meter.params))), beta)
-    if stats.attrs.get('max_bs'): self.recorder.bs_fits = stats.attrs['max_bs']
-    for name,f in zip(names, funcs): stats.attrs['suggested'][name] = f(stats)
-    if self.logger is not noop: print(bs_summary(stats))
-    if show_plot and len(stats): self.recorder.plot_bs_find()
+    with together(self) as processes:
+        lr,funcs = _check_lr(lr),tuplify(suggest_funcs)
+        names,share = _names(funcs),_share(profile)
+        _check_learner(self)
+        if hessian and any(isinstance(o, (MixedPrecision, NonNativeMixedPrecision)) for o in self.cbs): raise ValueError("hessian=True needs full precision: remove mixed precision for it, learn.to_fp32(), or leave hessian at False")
+        if processes.size == 1: _whole('n_batch', n_batch, 2)
+        elif step_every_batch: raise ValueError("step_every_batch=True compares with older tools, which work in a single process: leave it at False, or call bs_find outside of distrib_ctx")
+        n_epoch_it = _check_loader(self.dls.train, num_it)
+        shortest = processes.agree(processes.batches(n_epoch_it) if n_epoch_it else math.inf)
+        n_epoch_it = None if shortest == math.inf else int(shortest)
+        cb = BSFinder(n_epoch_it if num_it is None else num_it, n_batch, beta, n_train, step_every_batch, hessian=hessian)
+        if n_epoch_it and n_batch > n_epoch_it:
+            raise ValueError(f"n_batch={n_batch} is more than the {n_epoch_it} batches of an epoch, and a measurement stays within one: lower n_batch to {max(n_epoch_it, 2)} or less, or measure with smaller batches")
+        bar = progress.progress_bar(range(cb.num_it), leave=False) if processes.rank == 0 and any(isinstance(o, progress.ProgressCallback) for o in self.cbs) else None
+        try:
+            with mock_training(self):
+                self.lr_finder,cb.pbar = cb,bar
+                _check_opt(self.opt, lr)
+                processes.meet()  # none goes into the fit without the others
+                start = time.perf_counter()
+                self.fit(math.ceil(cb.num_it/n_epoch_it) if n_epoch_it else 1, lr, cbs=cb)
+                cb._first_loss = processes.agree(float(cb._first_loss), np.mean)
+                stats = cb.stats
+                stats.attrs.update(n=n_train_examples(self), lr_given=self.lr if lr is None else lr, suggested={})
+                if share and len(stats): _profile(self, stats, cb.step_seconds, share*(time.perf_counter() - start))
+        except BaseException:
+            if bar and bar.last_v is not None: bar.on_interrupt()
+            raise
+        if bar and bar.last_v is not None: bar.on_iter_end()
+        if cb.error: raise cb.error
+        self.recorder.bs_stats,self.recorder.bs_table = stats,bs_table(stats)
+        self.recorder.bs_layers = layer_table(self.model, cb._meter.params, np.reshape(cb.parts, (-1, 2, len(cb._meter.params))), beta)
+        if stats.attrs.get('max_bs'): self.recorder.bs_fits = stats.attrs['max_bs']
+        for name,f in zip(names, funcs): stats.attrs['suggested'][name] = f(stats)
+    if processes.rank == 0 and self.logger is not noop: print(bs_summary(stats))
+    if processes.rank == 0 and show_plot and len(stats): self.recorder.plot_bs_find()
     return namedtuple('SuggestedBS', names)(**stats.attrs['suggested'])

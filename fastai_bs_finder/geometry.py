@@ -18,22 +18,24 @@ def _second_moment(state, hyper):
     debiased = key not in ('square_avg', 'sum') and isinstance(beta, float) and beta < 1 and step > 0  # PyTorch's RMSprop and Adagrad do not debias
     return state[key],1 - beta**step if debiased else 1.
 
-# %% ../nbs/05_geometry.ipynb #bb9ff716
-_piece = 2**20
+# %% ../nbs/05_geometry.ipynb #7a3ffaf5
+_piece = 2**17  # numbers at once, on a CPU: what fits in its cache
 
 def _weighted_sq_norm(g, v, debias, eps):
     "Σ g²/(√(v/debias) + eps) over the elements with v > 0"
     if g.is_sparse:
         g = g.coalesce()
         g,v = g.values(),v[tuple(g.indices())]
-    total = 0.
-    for g,v in zip(g.reshape(-1).split(_piece), v.reshape(-1).split(_piece)):
-        dtype = torch.promote_types(v.dtype, torch.float32)
-        w = (v.to(dtype)/debias).sqrt_().add_(eps)
-        total = total + (g.to(dtype).square()/w).masked_fill_(v == 0, 0.).sum(dtype=None if v.device.type == 'mps' else torch.float64)
-    return total
+    dtype,root,total = torch.promote_types(v.dtype, torch.float32),debias**.5,0.
+    piece = min(_piece if v.device.type == 'cpu' else 32*_piece, v.numel())
+    room = torch.empty(piece, dtype=dtype, device=v.device)
+    for g,v in zip(g.reshape(-1).split(piece), v.reshape(-1).split(piece)):
+        g,w = g.to(dtype),torch.sqrt(v.to(dtype), out=room[:len(v)])
+        torch.threshold_(w, 0., math.inf).add_(eps*root)
+        total = total + torch.dot(g, torch.div(g, w, out=w)).to(dtype if v.device.type == 'mps' else torch.float64)
+    return total*root
 
-# %% ../nbs/05_geometry.ipynb #82d084a3
+# %% ../nbs/05_geometry.ipynb #011d01d1
 class OptMetric:
     "Squared norms of gradients in the metric P of the optimizer's step −P·g"
     def __init__(self,

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GrowBatch']
 
-# %% ../nbs/15_grow.ipynb #a167c637
+# %% ../nbs/15_grow.ipynb #77a79df8
 import math
 from functools import partial
 from itertools import islice
@@ -18,6 +18,7 @@ from fastai.data.load import DataLoader
 from fastai.learner import ValueMetric
 from fastcore.foundation import L
 from .accumulate import AccumulateGrads, _AsideCallback
+from .distributed import is_distributed
 from .predict import noise_in_use, scale_lr
 from .set_bs import check_settable, known_fits, micro_bs
 from .steps import batch_size, is_laid_out, len_or_none, n_examples, n_train_examples, rebatch, _whole
@@ -71,7 +72,7 @@ def _set_learn(self, learn):
 
 GrowBatch.learn = property(_AsideCallback.learn.fget, _set_learn)
 
-# %% ../nbs/15_grow.ipynb #f705f66f
+# %% ../nbs/15_grow.ipynb #915f2aa6
 @patch
 def before_train(self:GrowBatch):
     if self._start is None: self._begin()
@@ -87,6 +88,7 @@ def _begin(self:GrowBatch):
         raise ValueError(f"There are {len(meters)} NoiseScale callbacks, and GrowBatch brings its own: give it yours instead, GrowBatch(NoiseScale(...))")
     self._window = next((o for o in self.learn.cbs if isinstance(o, AccumulateGrads)), None)
     if self._window is None: raise ValueError("GrowBatch accumulates gradients with AccumulateGrads, and the learner does it with GradientAccumulation: take that off, learn.remove_cb(GradientAccumulation)")
+    if is_distributed(self.learn): raise ValueError("GrowBatch changes the batch size of a single process, and this training has several: leave it out inside of distrib_ctx")
     dl = self.dls.train
     check_settable(dl)
     self._start = dl,batch_size(dl),self._window.n_acc

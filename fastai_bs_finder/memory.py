@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Memory', 'estimate_memory']
 
-# %% ../nbs/07_memory.ipynb #f6d0f6f0
+# %% ../nbs/07_memory.ipynb #75db404a
 import gc, math, sys, time, weakref
 from contextlib import nullcontext
 from numbers import Real
@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastcore.basics import patch
 from fastai.callback.core import Callback
 from fastai.learner import Learner
+from .distributed import by_itself, n_local_processes, together
 from .steps import batch_size, _check_empty, _check_model, mock_training, n_train_examples, out_of_memory, run_steps
 
 # %% ../nbs/07_memory.ipynb #d33f321f
@@ -55,11 +56,11 @@ class Memory(NamedTuple):
 
     def __repr__(self): return f'Memory({_readable(self.fixed)} + {_readable(self.per_example)} per example, of {_readable(self.available)} available)'
 
-# %% ../nbs/07_memory.ipynb #0593cde5
+# %% ../nbs/07_memory.ipynb #f9d95e9d
 class _StepBytes(Callback):
-    "Measures the memory of training steps: `points` is bytes by batch size"
+    "Measures the memory of training steps: `points` is bytes by batch size; `held` are bytes that a real training takes besides"
     order,run_valid = -50,False
-    def __init__(self): self.points,self.failed = {},math.inf
+    def __init__(self): self.points,self.failed,self.held = {},math.inf,0
     def before_train(self): self.reset()
     def after_backward(self): self.high = max(self.high, self.peak())
     def after_batch(self): self.reset()
@@ -88,7 +89,7 @@ class _StepBytes(Callback):
         *rest,(bs,most) = sorted(self.points.items())
         per_example = (most - rest[-1][1])/(bs - rest[-1][0]) if rest else 0
         if per_example <= 0: per_example = most/bs
-        return Memory(most - per_example*bs, per_example, self.available, self.failed)
+        return Memory(most - per_example*bs + self.held, per_example, self.available, self.failed)
 
 # %% ../nbs/07_memory.ipynb #08ed3242
 class _CudaBytes(_StepBytes):
@@ -149,7 +150,7 @@ class _HostBytes(_StepBytes):
     def peak(self): return self.counting.peak
     def empty_cache(self): pass
 
-# %% ../nbs/07_memory.ipynb #f0056650
+# %% ../nbs/07_memory.ipynb #ce6080cc
 def _host_available(root=Path('/sys/fs/cgroup')):
     "Bytes that this process can still take on the CPU"
     res = psutil.virtual_memory().available
@@ -158,9 +159,9 @@ def _host_available(root=Path('/sys/fs/cgroup')):
             stat = dict(l.split() for l in (folder/'memory.stat').read_text().splitlines())
             res = min(res, int((folder/limit).read_text()) - int((folder/used).read_text()) + int(stat['inactive_file']))
         except (OSError, ValueError, KeyError): pass  # not there, or without a limit
-    return max(res, 0)
+    return max(res, 0)//n_local_processes()
 
-# %% ../nbs/07_memory.ipynb #c92e01a2
+# %% ../nbs/07_memory.ipynb #5eda137f
 def _probe_sizes(bs, most):
     small = 1 if bs == 1 else max(bs//4, 2)
     return sorted({min(small, most), min(max(bs, 2*small), most)})
@@ -169,7 +170,9 @@ def _device(learn): return torch.device(getattr(learn.dls, 'device', None) or ne
 
 def _meter(learn):
     device = _device(learn)
-    return (_CudaBytes if device.type == 'cuda' else _HostBytes)(device)
+    res = (_CudaBytes if device.type == 'cuda' else _HostBytes)(device)
+    if n_local_processes() > 1: res.held = sum(p.numel()*p.element_size() for p in learn.model.parameters() if p.requires_grad)  # DistributedDataParallel's buckets
+    return res
 
 def _warm_up():
     "Let PyTorch import what it needs to count allocations: two seconds, once in a process"
@@ -206,7 +209,7 @@ def estimate_memory(
     "Estimate the memory of a training step from two small probes. Raises `torch.OutOfMemoryError` where not even they fit"
     return _estimate(learn, _meter(learn), bs, seconds)
 
-# %% ../nbs/07_memory.ipynb #51c59ed5
+# %% ../nbs/07_memory.ipynb #ef822388
 _tries,_growth = 12,8
 
 def _climb(learn, meter, margin, most):
@@ -225,20 +228,22 @@ def max_bs(self:Learner,
     margin:float=.9, # Part of the available memory to use, in (0, 1]
     check:bool|None=None, # Run steps up to the answer, to see that they fit? `None`: on a GPU
 ) -> int: # Batch size, at most the size of the training set
-    "The largest batch size whose training step fits in memory. Raises `ValueError` on bad input, `torch.OutOfMemoryError` where no batch fits"
-    if not isinstance(margin, Real) or isinstance(margin, bool) or not 0 < margin <= 1:
-        raise ValueError(f"margin={margin!r} is not a number in (0, 1]: give the part of the available memory to use, 0.9 for example")
-    _check_model(self)
-    _check_empty(self.dls.train)
-    most = n_train_examples(self) or sys.maxsize
-    with mock_training(self):
-        meter = _meter(self)
-        mem = _estimate(self, meter, None)
-        if mem is None:
-            raise ValueError(f"The training loader, a {type(self.dls.train).__name__}, does not make batches of another size when its batch size is set, or they cannot be counted: "
-                             "use a fastai or PyTorch loader that makes the batches itself, with a batch size and no batch_sampler of your own")
-        if check is None: check = _device(self).type == 'cuda'
-        res = _climb(self, meter, margin, most) if check else min(mem.max_bs(margin), most)
-    if res < 1: raise torch.OutOfMemoryError(f"Not even one example fits: {mem}, of which margin={margin} is to be used. Free memory, raise margin, or train a smaller model")
+    "The largest batch size whose training step fits in memory, of all processes together. Raises `ValueError` on bad input, `torch.OutOfMemoryError` where no batch fits"
+    with together(self) as processes:
+        if not isinstance(margin, Real) or isinstance(margin, bool) or not 0 < margin <= 1:
+            raise ValueError(f"margin={margin!r} is not a number in (0, 1]: give the part of the available memory to use, 0.9 for example")
+        _check_model(self)
+        _check_empty(self.dls.train)
+        most = n_train_examples(self) or sys.maxsize
+        with mock_training(self), by_itself(self):
+            meter = _meter(self)
+            mem = _estimate(self, meter, None)
+            if mem is None:
+                raise ValueError(f"The training loader, a {type(self.dls.train).__name__}, does not make batches of another size when its batch size is set, or they cannot be counted: "
+                                 "use a fastai or PyTorch loader that makes the batches itself, with a batch size and no batch_sampler of your own")
+            if check is None: check = _device(self).type == 'cuda'
+            res = _climb(self, meter, margin, most) if check else min(mem.max_bs(margin), most)
+        if res < 1: raise torch.OutOfMemoryError(f"Not even one example fits: {mem}, of which margin={margin} is to be used. Free memory, raise margin, or train a smaller model")
+        res = min(int(processes.agree(res))*processes.size, most)
     if hasattr(self, 'recorder'): self.recorder.bs_fits = res
     return res

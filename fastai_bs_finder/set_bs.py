@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['micro_bs', 'known_fits', 'examples_per_step', 'check_settable']
 
-# %% ../nbs/13_set_bs.ipynb #bb12a01a
+# %% ../nbs/13_set_bs.ipynb #58b7e208
 import math
 from weakref import WeakKeyDictionary
 
@@ -14,6 +14,7 @@ from fastai.callback.training import GradientAccumulation
 from fastai.imports import noop
 from fastai.learner import Learner
 from .accumulate import AccumulateGrads, _TidyCallback
+from .distributed import Processes
 from .predict import _lr, _ratio
 from .steps import batch_size, len_or_none, n_train_examples, rebatch, _whole
 
@@ -36,7 +37,7 @@ def known_fits(
     "The largest batch size that fits in memory, as `max_bs` or `bs_find`, the later of the two, found it"
     return getattr(getattr(learn, 'recorder', None), 'bs_fits', None)
 
-# %% ../nbs/13_set_bs.ipynb #66abf97a
+# %% ../nbs/13_set_bs.ipynb #993bbf2b
 def _chosen(bs):
     "The batch size that is meant"
     if not hasattr(bs, '_fields'): return bs
@@ -47,7 +48,7 @@ def _chosen(bs):
 def examples_per_step(
     learn:Learner, # A learner whose loader has a batch size
 ) -> int: # Its batch size, or the window in which it accumulates gradients
-    "Number of examples per optimizer step"
+    "Number of examples per optimizer step of a process"
     return max([batch_size(learn.dls.train), *(o.n_acc for o in learn.cbs if isinstance(o, GradientAccumulation))])
 
 def check_settable(
@@ -56,30 +57,36 @@ def check_settable(
     "Raise `ValueError` where its batch size cannot be set"
     if batch_size(dl) is None: raise ValueError(f"This {type(dl).__name__} has no batch size to set: its batches come ready-made, from its data set, its batch_sampler or a loader of your own. Make it anew with the batch size that you want")
 
-# %% ../nbs/13_set_bs.ipynb #81bda036
-def _in_words(learn, bs, micro, before):
+# %% ../nbs/13_set_bs.ipynb #d8bab56f
+def _in_words(learn, processes, bs, micro, before):
     dl,n,n_it = learn.dls.train,n_train_examples(learn),len_or_none(learn.dls.train)
-    k = math.ceil(bs/micro)
-    res = f"Batches of {bs:,} examples" if k == 1 else f"Batches of {micro:,} examples, the gradients of {k} accumulated: {k*micro:,} examples per step"
-    if n_it: res += f", {math.ceil(n_it/k):,} steps per epoch"
-    if n and getattr(dl, 'drop_last', False) and n % micro > n/20: res += f"; drop_last=True leaves {n % micro:,} of {n:,} examples out of each epoch"
+    k = math.ceil(processes.share(bs)/micro)
+    if processes.size > 1: res = f"Batches of {processes.size*micro:,} examples ({processes.size} processes × {micro:,})"
+    else: res = f"Batches of {micro:,} examples"
+    if k > 1: res += f", the gradients of {k} accumulated: {k*micro*processes.size:,} examples per step"
+    if n_it: res += f", {math.ceil(processes.batches(n_it)/k):,} steps per epoch"
+    left = processes.share(n) % micro*processes.size if n else 0
+    if getattr(dl, 'drop_last', False) and left > n/20: res += f"; drop_last=True leaves {left:,} of {n:,} examples out of each epoch"
     table = getattr(getattr(learn, 'recorder', None), 'bs_table', None)
     if table is not None and table.attrs['bs'] == before != bs and bs in table.index:
         row = table.loc[bs]
         res += f". bs_find's advice for it: lr≈{_lr(row.lr)}, about {_ratio(row.epochs)} times the epochs"
     return res + '.'
 
-# %% ../nbs/13_set_bs.ipynb #8d6904da
+# %% ../nbs/13_set_bs.ipynb #e69b9093
 _follows = WeakKeyDictionary()  # which loaders of a `DataLoaders` go along with the training loader
 
 @patch
 def set_bs(self:Learner,
-    bs:int|tuple, # Number of examples per optimizer step from now on, or what `bs_find` returned: its `fastest`, else its `critical`
-    fits:int|None=None, # Number of examples that fit in memory; `None`: what `max_bs` or `bs_find` found, if they were asked before
+    bs:int|tuple, # Number of examples per optimizer step from now on, of all processes together, or what `bs_find` returned: its `fastest`, else its `critical`
+    fits:int|None=None, # Number of examples that fit in memory, of all processes together; `None`: what `max_bs` or `bs_find` found, if they were asked before
 ) -> Learner: # The learner
     "Train with batches of `bs` from now on, by gradient accumulation where they do not fit; undone by `set_bs` with the old size. Raises `ValueError` on bad input, before anything is touched"
-    bs = _chosen(bs)
-    micro,n = micro_bs(bs, known_fits(self) if fits is None else fits),n_train_examples(self)
+    bs,processes = _chosen(bs),Processes(self)
+    _whole('bs', bs, 1)
+    if fits is not None: _whole('fits', fits, processes.size)
+    own,fits,n = processes.share(bs),known_fits(self) if fits is None else fits,n_train_examples(self)  # of each process
+    micro = micro_bs(own, fits and max(fits//processes.size, 1))
     if n is not None and bs > n: raise ValueError(f"bs={bs} is more than the {n:,} examples of the training set: give {n} or less")
     if foreign := [o for o in self.cbs if isinstance(o, GradientAccumulation) and not isinstance(o, AccumulateGrads)]:
         raise ValueError(f"The learner accumulates gradients already, with {foreign[0]!r}: take it off first, learn.remove_cb({type(foreign[0]).__name__}); set_bs accumulates itself where it has to")
@@ -90,11 +97,11 @@ def set_bs(self:Learner,
     follows = follows + [not i or batch_size(dl) == old for i,dl in enumerate(self.dls.loaders) if i >= len(follows)]
     for dl,yes in zip(self.dls.loaders, follows):
         if yes: check_settable(dl)
-    _follows[self.dls],before = follows,examples_per_step(self)
+    _follows[self.dls],before = follows,examples_per_step(self)*processes.size
     self.dls.loaders[:] = [rebatch(dl, micro) if yes else dl for dl,yes in zip(self.dls.loaders, follows)]
     for o in [o for o in self.cbs if isinstance(o, AccumulateGrads)]:
-        if o.stays: o.n_acc = bs if micro < bs else 1
+        if o.stays: o.n_acc = own if micro < own else 1
         else: self.remove_cb(o)
-    if micro < bs and not any(isinstance(o, AccumulateGrads) for o in self.cbs): self.add_cb(AccumulateGrads(bs))
-    if self.logger is not noop: print(_in_words(self, bs, micro, before))
+    if micro < own and not any(isinstance(o, AccumulateGrads) for o in self.cbs): self.add_cb(AccumulateGrads(own))
+    if processes.rank == 0 and self.logger is not noop: print(_in_words(self, processes, bs, micro, before))
     return self

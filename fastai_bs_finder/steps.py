@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['mock_training', 'len_or_none', 'n_examples', 'loss_scale', 'n_train_examples', 'Passes', 'batch_size', 'is_laid_out',
-           'rebatch', 'second_loader', 'synchronize', 'TimedSteps', 'run_steps', 'out_of_memory', 'profile_steps',
-           'StepTime']
+           'rebatch', 'second_loader', 'LockStep', 'set_gradients', 'synchronize', 'TimedSteps', 'run_steps',
+           'out_of_memory', 'profile_steps', 'StepTime']
 
-# %% ../nbs/06_steps.ipynb #58843ca0
+# %% ../nbs/06_steps.ipynb #84eb926e
 import math, random, sys, time
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
@@ -19,22 +19,31 @@ from types import MethodType
 
 import numpy as np, pandas as pd, torch
 from scipy.optimize import nnls
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 from torch.utils import data as torch_data
 from fastcore.basics import GetAttr
 from fastcore.imports import noop
 from fastcore.foundation import L
 from fastai.callback import progress
-from fastai.callback.core import Callback, CancelFitException, CancelValidException
+from fastai.callback.core import Callback, CancelFitException, CancelTrainException, CancelValidException
 from fastai.callback.fp16 import MixedPrecision, NonNativeMixedPrecision
 from fastai.callback.training import GradientAccumulation
 from fastai.data.load import DataLoader, _FakeLoader
-from fastai.learner import Learner
-from fastai.torch_core import find_bs, item_find
+from fastai.learner import AvgSmoothLoss, Learner
+from fastai.torch_core import find_bs, item_find, to_detach
+from .distributed import add_up, is_distributed, ProcessError, Processes
+from .noise import GradSums
 from .snapshot import no_footprint
 
-# %% ../nbs/06_steps.ipynb #bdfdf097
+# %% ../nbs/06_steps.ipynb #fac13ef9
 _aside = (progress.ProgressCallback, progress.CSVLogger, GradientAccumulation)
+
+class _OwnSmoothLoss(AvgSmoothLoss):
+    "The smoothed loss of this process: fastai's asks the others for theirs, at every batch"
+    def accumulate(self, learn):
+        self.count += 1
+        self.val = torch.lerp(to_detach(learn.loss.mean(), gather=False), self.val, self.beta)
 
 @contextmanager
 def mock_training(
@@ -45,6 +54,7 @@ def mock_training(
         learn.remove_cbs(L(o for o in learn.cbs if isinstance(o, _aside)))
         learn.lr_finder = True
         if not learn.opt: learn.create_opt()
+        if is_distributed(learn): learn.recorder.smooth_loss,learn.recorder.train_metrics = _OwnSmoothLoss(learn.recorder.smooth_loss.beta),False
         with learn.no_logging(): yield
 
 # %% ../nbs/06_steps.ipynb #1d233775
@@ -153,7 +163,57 @@ def second_loader(
         return res
     return dl.new(num_workers=0) if hasattr(dl, 'new') else dl
 
-# %% ../nbs/06_steps.ipynb #67100f37
+# %% ../nbs/06_steps.ipynb #05417c23
+class LockStep(Callback):
+    "A callback of a mock training; where several processes train together, they take every step together"
+    run_valid,processes = False,Processes()
+    def before_fit(self): self.processes,self._over,self._epoch_over = Processes(self.learn),False,False
+    def before_train(self): self._epoch_over = False
+    def before_validate(self): raise CancelValidException
+    def after_train(self):
+        if self.processes.size > 1 and not self._epoch_over: self.meet('epoch')
+    def after_fit(self):
+        if self.processes.size == 1 or self._over: return
+        try: self.meet('fit')
+        except CancelFitException: pass  # it is over
+    def stop_for(self, rank, said): "Called when the training stops because one of the processes wants it to"
+
+    def keep_apart(self):
+        "Leave the gradients of this batch on this process; to be called before its forward pass"
+        if isinstance(self.model, DistributedDataParallel): self.model.require_backward_grad_sync = self.model.require_forward_param_sync = False
+
+    def meet(self, event='', said=None):
+        "Meet the other processes: what ends the epoch, or the training, in one of them ends it in all"
+        happened,rank,said = self.processes.meet(event, said)
+        if happened in ('fit', 'stop'):
+            self._over = True
+            if happened == 'stop': self.stop_for(rank, said)
+            raise CancelFitException
+        if happened == 'epoch':
+            self._epoch_over = True
+            if event != 'epoch': raise CancelTrainException
+
+    def add_up(self, sums, params, *values):
+        "Meet, and add up `sums` and `values` over all processes"
+        self.meet()
+        return add_up(self.processes, sums, params, *values)
+
+    def average_gradients(self, params, *values):
+        "Give `params` the mean gradient over the examples of all processes, and add up `values`"
+        if self.processes.size == 1: return
+        sums,scale = GradSums(),loss_scale(self.learn) or 1.
+        sums.add([p.grad for p in params], max(n_examples(self.learn), 1), scale)
+        self.add_up(sums, params, *values)
+        set_gradients(params, sums.pop_mean(scale))
+
+def set_gradients(
+    params:list, # Parameters
+    grads:list, # Gradients, in their order; `None` where there is none
+):
+    "Hand gradients to an optimizer"
+    for p,g in zip(params, grads): p.grad = None if g is None else g.to(p.dtype)
+
+# %% ../nbs/06_steps.ipynb #e8754d0d
 def synchronize(
     device, # A `torch.device`
 ):
@@ -161,27 +221,35 @@ def synchronize(
     if device.type == 'cuda': torch.cuda.synchronize(device)
     elif device.type == 'mps': torch.mps.synchronize()
 
-class TimedSteps(Callback):
-    "Ends the training when there are enough steps; notes the seconds and the number of examples of each"
-    order,run_valid = 100,False
+class TimedSteps(LockStep):
+    "Ends the training when there are enough steps; notes the seconds and the number of examples of each, which several processes share"
+    order = 100
     def __init__(self,
         enough:Callable, # Called with the seconds of all steps so far
     ): self.enough = enough
-    def before_fit(self): self.seconds,self.sizes,self.before = [],[],None
+    def before_fit(self):
+        super().before_fit()
+        self.seconds,self.sizes,self.before = [],[],None
+        self.params = list({id(p): p for p,*_ in self.opt.all_params()}.values())
     def before_train(self):
+        super().before_train()
         if len_or_none(self.dl) is None: self.learn.dl = Passes(self.dl, 10**9)
         self.start = time.perf_counter()
     def before_epoch(self):
         if self.before == len(self.seconds): raise CancelFitException  # an epoch without a step: it would go on for ever
         self.before = len(self.seconds)
-    def before_validate(self): raise CancelValidException
+    def before_batch(self): self.keep_apart()
+    def after_backward(self): self.average_gradients(self.params)
     def after_batch(self):
         synchronize(self.learn.loss.device)
-        now = time.perf_counter()
-        self.seconds.append(now - self.start)
-        self.sizes.append(n_examples(self.learn))
-        self.start = now
-        if self.enough(self.seconds): raise CancelFitException
+        took = time.perf_counter() - self.start
+        self.meet()
+        self.seconds.append(max(self.processes.gather(took)))
+        self.sizes.append(n_examples(self.learn)*self.processes.size)
+        self.start = time.perf_counter()
+        if self.enough(self.seconds):
+            self._over = True  # for all
+            raise CancelFitException
 
 def _few(dl): return dl.rng.sample(range(dl.n), min(dl.n, 40*dl.bs))
 
@@ -193,7 +261,7 @@ def _draw_few(dl):
 
 def run_steps(
     learn:Learner, # A learner in a `mock_training` block
-    bs:int|None, # Batch size; `None`: as it is
+    bs:int|None, # Batch size of each process; `None`: as it is
     enough:Callable, # When to stop: called with the seconds of all steps so far
 ) -> TimedSteps: # With the `seconds` and `sizes` of the steps
     "Train at learning rate 0 with batches of `bs`: as much work as any step, and the weights stay"
@@ -203,7 +271,7 @@ def run_steps(
     learn.fit(10**9, 0., cbs=cb)
     return cb
 
-# %% ../nbs/06_steps.ipynb #dabd1f7e
+# %% ../nbs/06_steps.ipynb #922daafd
 _point = 2.  # seconds to spend on a batch size, at most
 
 def out_of_memory(
@@ -221,27 +289,30 @@ def _guess(found, bs):
 
 def profile_steps(
     learn:Learner, # A learner in a `mock_training` block
-    sizes:Iterable, # Batch sizes to try, the most important first
+    sizes:Iterable, # Batch sizes to try, of all processes together, the most important first
     budget:float, # Seconds to spend in all
     found:dict|None=None, # Seconds per step at batch sizes that were timed before
 ) -> tuple[dict, str|None, int|None]: # Seconds per training step by batch size, rising; what went wrong; the size that ran out of memory
     "Time training steps at each of `sizes`; sizes that would take too long are left out, and those after one that fails"
-    start,found,trouble,failed = time.perf_counter(),dict(found or {}),None,None
+    start,found,trouble,failed,processes = time.perf_counter(),dict(found or {}),None,None,Processes(learn)
     for i,bs in enumerate(sizes):
-        left = budget - (time.perf_counter() - start)
+        left = processes.agree(budget - (time.perf_counter() - start))
         share = min(left/(len(sizes) - i), _point)
         least = 4*_guess(found, bs)
         if least > min(left, 2*_point) or left <= 0: continue
         def enough(seconds): return len(seconds) >= 4 and sum(seconds) + seconds[-1] > share or len(seconds) >= 30 or sum(seconds) > min(left, 2*_point)
-        try: steps = run_steps(learn, bs, enough)
+        try: steps = run_steps(learn, processes.share(bs), enough)
         except Exception as e:  # a model, or a loss, for one batch size only: no reason to lose the measurements
             learn._end_cleanup()
-            trouble,failed = f"a step with bs={bs} fails ({_first_line(e)})",bs if out_of_memory(e) else None
+            said = e.said if isinstance(e, ProcessError) else processes.meet('error', (_first_line(e), out_of_memory(e)))[2]
+            if said is None: raise
+            trouble,failed = f"a step with bs={bs} fails ({said[0]})",bs if said[1] else None
             break
-        if max(steps.sizes, default=bs) != bs:
+        size = processes.share(bs)*processes.size
+        if max(steps.sizes, default=size) != size:
             trouble = "the training loader does not take another batch size"
             break
-        if full := [t for t,size in list(zip(steps.seconds, steps.sizes))[1:] if size == bs]: found[bs] = median(full)
+        if full := [t for t,n in list(zip(steps.seconds, steps.sizes))[1:] if n == size]: found[bs] = median(full)
     return pd.Series(found, dtype=float).sort_index()[::-1].cummin()[::-1].to_dict(),trouble,failed
 
 # %% ../nbs/06_steps.ipynb #55e427ec

@@ -57,7 +57,7 @@ mk_class('BSSuggestion', **{f.__name__.capitalize():f for f in (critical, fastes
          doc="All suggestion functions as attributes, for tab-completion")
 _all_ = ['BSSuggestion']
 
-# %% ../nbs/02_suggest.ipynb #a3eae0dd
+# %% ../nbs/02_suggest.ipynb #a93a936e
 def _more(stats):
     "How to learn more: a longer run, longer measurements within an epoch, or a longer average"
     a,ways = stats.attrs,[]
@@ -66,9 +66,14 @@ def _more(stats):
     if longer > a['n_batch']: ways.append(f"take more batches per measurement (n_batch={longer})")
     return ' or '.join(ways) or f"average over more measurements (beta={1 - (1 - a['beta'])/4:.3g}, num_it={4*a['num_it']})"
 
+def _bs(attrs, bs):
+    "A batch size, and what each process takes of it"
+    k = attrs.get('processes', 1)
+    return f"bs={bs}" if k == 1 else f"bs={bs} ({k} processes × {-(-bs//k)})"
+
 def _noise_scale_in_words(stats):
     a = stats.attrs
-    where = f"measured with bs={a['bs']} at lr={a['lr']:.2g}"
+    where = f"measured with {_bs(a, a['bs'])} at lr={a['lr']:.2g}"
     if not len(stats): return f"The noise scale is not known: no measurement of {a['n_batch']} batches was completed{a.get('missing', '')}."
     last = noise_in_use(stats).iloc[-1]
     if not last.noise > 0: return f"The noise scale cannot be told: all batches have the same gradient, {where}."
@@ -95,7 +100,7 @@ def _gain_in_words(stats, bs):
         if bs > bs0 and mean_noise_scale(stats)[2] == math.inf: return f" (at most {_ratio(row[f'{q}_hi'])})"
         return f" ({_ratio(row[f'{q}_lo'])}-{_ratio(row[f'{q}_hi'])})" if q == 'time' and row.time_lo != row.time_hi else ''
     times = f"{_ratio(row.examples)} times the"
-    return f"bs={bs} should reach the same loss in {_ratio(row.time)} of the time of bs={bs0}{range_('time')}, seeing {times} examples{range_('examples')}: use lr≈{_lr(row.lr)}, about {times} epochs."
+    return f"{_bs(stats.attrs, bs)} should reach the same loss in {_ratio(row.time)} of the time of bs={bs0}{range_('time')}, seeing {times} examples{range_('examples')}: use lr≈{_lr(row.lr)}, about {times} epochs."
 
 def _steps_in_words(stats, bs):
     "What the critical batch size gains in steps"
@@ -103,10 +108,10 @@ def _steps_in_words(stats, bs):
     if hi == math.inf: B = lo
     about = 'at most' if hi == math.inf else 'about'
     steps,examples = _ratio(rel_steps(bs, bs0, B)),_ratio(rel_examples(bs, bs0, B))
-    if bs > 1.25*bs0: return f"bs={bs} should reach the same loss in {about} {steps} of the steps of bs={bs0}, seeing {about} {examples} times the examples."
+    if bs > 1.25*bs0: return f"{_bs(stats.attrs, bs)} should reach the same loss in {about} {steps} of the steps of bs={bs0}, seeing {about} {examples} times the examples."
     if hi == math.inf: return f"Nothing speaks against bs={bs0} so far."
     if bs > bs0/1.25: return f"bs={bs0} is about right: larger batches mostly burn compute, smaller ones mostly cost steps."
-    return f"bs={bs} should reach the same loss with {about} {examples} of the examples of bs={bs0}, in {about} {steps} times as many steps."
+    return f"{_bs(stats.attrs, bs)} should reach the same loss with {about} {examples} of the examples of bs={bs0}, in {about} {steps} times as many steps."
 
 def _limit_in_words(stats):
     last,most,n = noise_in_use(stats).iloc[-1],_most(stats),stats.attrs.get('n')

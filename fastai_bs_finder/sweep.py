@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['fit_steps', 'sweep_summary']
 
-# %% ../nbs/16_sweep.ipynb #bfb3651e
+# %% ../nbs/16_sweep.ipynb #3cfd88f7
 import math, re, time
 from collections.abc import Callable, Iterable
 from copy import deepcopy
@@ -23,6 +23,7 @@ from fastai.imports import noop
 from fastai.learner import Learner, Recorder
 from fastai.torch_core import set_seed, to_cpu
 from .accumulate import AccumulateGrads
+from .distributed import is_distributed
 from .finder import _check_learner, _check_lr, _check_opt
 from .geometry import OptMetric
 from .plot import _show_once
@@ -306,7 +307,7 @@ class _Sweep:
 
 def _key(lr): return f'{lr:.5g}' if isinstance(lr, Real) else str(lr)
 
-# %% ../nbs/16_sweep.ipynb #db492003
+# %% ../nbs/16_sweep.ipynb #9fad1763
 _budgets = 'epochs', 'steps', 'seconds'
 
 def _positive(name, x):
@@ -382,6 +383,7 @@ def bs_sweep(self:Learner,
 ) -> pd.DataFrame: # A row per training: bs, lr, steps, examples, epochs, seconds (of training alone), the best loss, valid_loss and value of each metric, `reached`, target, and `best`: is it the best learning rate of its batch size?
     "Train at several batch sizes from the same weights, and compare; the learner is left as it was. Ctrl-C ends it early with what is finished. Raises `ValueError` on bad input, before anything is touched"
     _check_learner(self)
+    if is_distributed(self): raise ValueError("bs_sweep trains in a single process, and this learner trains in several: call it outside of distrib_ctx")
     if not self.recorder.valid_metrics: raise ValueError("The learner's Recorder has valid_metrics=False, and the sweep reads the losses from it: set learn.recorder.valid_metrics = True")
     n = n_train_examples(self)
     bss,budget = _check_sizes(bss, n),_check_budget(budget, n)

@@ -5,13 +5,12 @@
 # %% auto #0
 __all__ = ['NoiseScale']
 
-# %% ../nbs/14_track.ipynb #0af613fd
+# %% ../nbs/14_track.ipynb #3616f7bb
 import math, time
 from functools import partial
 from numbers import Real
 
 import numpy as np, pandas as pd, torch, matplotlib.pyplot as plt
-from torch.nn.parallel import DistributedDataParallel
 from fastcore.basics import patch
 from fastcore.foundation import L
 from fastai.callback.core import (Callback, CancelBackwardException, CancelBatchException, CancelEpochException, CancelFitException, CancelStepException, CancelTrainException, CancelValidException,
@@ -20,22 +19,23 @@ from fastai.callback.schedule import ParamScheduler
 from fastai.callback.training import GradientAccumulation
 from fastai.imports import noop
 from fastai.learner import Recorder, ValueMetric
-from fastai.torch_core import num_distrib, set_seed
+from fastai.torch_core import set_seed
 from .accumulate import AccumulateGrads, _AsideCallback
+from .distributed import Processes
 from .geometry import OptMeter, _columns
-from .noise import noise_and_scale, sq_norms, NoiseAverage
+from .noise import noise_and_scale, sq_norms, Noise, NoiseAverage
 from .plot import _plot_noise, _show_once
 from .predict import noise_in_use, _num
 from .snapshot import Snapshot, training_tensors, _CtrlC, _global_state
 from .steps import batch_size, len_or_none, loss_scale, out_of_memory, n_examples, second_loader, synchronize, _whole
 
-# %% ../nbs/14_track.ipynb #d1c0c89b
+# %% ../nbs/14_track.ipynb #c7a6587b
 class NoiseScale(_AsideCallback):
     "Measure the gradient noise scale along a training, without a trace in it: `learn.recorder.noise_scale`, `plot_noise_scale()`, and a column in the progress table and in what loggers log"
     order,run_valid = AccumulateGrads.order + 1,False
     def __init__(self,
         every:int=1, # Number of training batches from one measurement to the next, at least
-        n_batch:int=8, # Number of batches per measurement, 2 or more; where gradients are accumulated, a window is a measurement
+        n_batch:int=8, # Number of batches per measurement, 2 or more; where gradients are accumulated, a window is a measurement; where several processes train together, the batches of some steps
         beta:float=.9, # EMA factor over measurements, in [0, 1)
         share:float|None=.1, # Part of the training time that measurements may take, in (0, 1]: they wait until there is time for them; `None`: as much as it takes
     ):
@@ -61,11 +61,11 @@ class NoiseScale(_AsideCallback):
 
     def _begin_training(self):
         self._rows,self.seconds,self._trained,self._start,self._off = [],0.,0.,None,False
-        if isinstance(self.model, DistributedDataParallel) or num_distrib() > 1: raise ValueError("NoiseScale measures in a single process, and this training has several: leave it out there")
-        if len_or_none(self.dls.train) == 1 and not self._window: raise ValueError("An epoch is a single batch, and the noise scale takes two: train with smaller batches, or accumulate the gradients of several, AccumulateGrads")
+        self._processes = Processes(self.learn)
+        if len_or_none(self.dls.train) == 1 and not self._window and self._processes.size == 1: raise ValueError("An epoch is a single batch, and the noise scale takes two: train with smaller batches, or accumulate the gradients of several, AccumulateGrads")
         self._meter,self._left,self._adaptive = OptMeter(self.opt, self.beta),0,False
         self._steps,self._seen,self._since,self._collecting = 0,0,0,False
-        self._cost = None
+        self._cost,self._parts,self._wait = None,[],self.every
         self._publish()
 
     def tidy(self):
@@ -109,7 +109,7 @@ def _in_words(self:NoiseScale):
     at_end = f"at least {_num(last.lo)}" if last.hi == math.inf else _num(last.noise_scale) if math.isnan(last.hi) else f"{_num(last.noise_scale)} (95% interval {_num(last.lo)} to {_num(last.hi)})"
     return f"{where}: {at_end} examples at the end."
 
-# %% ../nbs/14_track.ipynb #d62d69f5
+# %% ../nbs/14_track.ipynb #fbed3a19
 @patch
 def _train_seconds(self:NoiseScale): return self._trained + (time.perf_counter() - self._start - self._paused if self._start is not None else 0)
 
@@ -137,9 +137,9 @@ def _due(self:NoiseScale, batches, cost):
 
 @patch
 def after_batch(self:NoiseScale):
-    self._seen += n_examples(self.learn)
+    self._seen += n_examples(self.learn)*self._processes.size
     self._since += 1
-    if self._accumulates: return
+    if self._collects: return
     cost = self.n_batch*self._train_seconds()/(self.train_iter or 1) if self._cost is None else self._cost
     if not self._due(self._since, cost): return
     synchronize(self.learn.loss.device)
@@ -223,9 +223,12 @@ def _whole_pass(self:NoiseScale):
     if self._batches is None or self._left < n: self._batches,self._left = iter(self._source),math.inf if per_pass is None else per_pass
     return n
 
-# %% ../nbs/14_track.ipynb #248710bf
+# %% ../nbs/14_track.ipynb #e85f4772
 @patch(as_prop=True)
 def _window(self:NoiseScale): return next((o for o in self.learn.cbs if isinstance(o, AccumulateGrads)), None)
+
+@patch(as_prop=True)
+def _collects(self:NoiseScale): return self._processes.size > 1 or self._accumulates
 
 @patch(as_prop=True)
 def _accumulates(self:NoiseScale):
@@ -234,10 +237,11 @@ def _accumulates(self:NoiseScale):
 
 @patch
 def before_backward(self:NoiseScale):
-    if not self._accumulates: return
+    if not self._collects: return
     bs = n_examples(self.learn)
-    if self._window.count == bs:
-        self._collecting = self._due(self._since + math.ceil(self._window.n_acc/bs), self._cost or 0.)
+    if not self._accumulates or self._window.count == bs:
+        batches = self._since + (math.ceil(self._window.n_acc/bs) if self._accumulates else 1)
+        self._collecting = self._due(batches, self._cost or 0.) if self._processes.size == 1 else bool(self._parts) or batches >= self._wait
         if self._collecting:
             self._meter.begin(self._rows)
             self._A,self._k,self._n,self._loss_sum,self._took = 0.,0,0,0.,0.
@@ -271,20 +275,48 @@ def after_backward(self:NoiseScale):
 def before_step(self:NoiseScale):
     if not self._collecting: return
     self._collecting = False
-    if self._k < 2: return
+    if self._k*self._processes.size < 2: return
     synchronize(self.learn.loss.device)
     start = time.perf_counter()
-    C = self._sq_norms([p.grad for p in self._meter.params])*self._n
-    with np.errstate(invalid='ignore'): self._note(self._loss_sum/self._n, noise_and_scale(*torch.stack([self._A, C]).cpu().numpy(), self._n, self._k))
-    self._cost = self._took + time.perf_counter() - start
-    self._spend(self._cost)
+    mean = self._sq_norms([p.grad for p in self._meter.params])
+    if self._parts and self._parts[0][0].shape != mean.shape: self._parts = []  # the optimizer has a metric only now
+    self._parts.append((self._A, mean, self._k, self._n, self._n**2, float(self._loss_sum)))
+    complete = len(self._parts) == self._n_steps()
+    if complete: self._complete()
+    took = self._took + time.perf_counter() - start
+    self._cost = took*self._n_steps()
+    self._spend(took)
+    if complete: self._wait = math.ceil(self._processes.gather(self._time_to_wait())[0])
+
+@patch
+def _n_steps(self:NoiseScale):
+    "Number of steps whose gradients make a measurement: as many as tell the noise as well as `n_batch` batches do; an accumulated window is one in any case"
+    return 1 if self._processes.size == 1 else math.ceil((self.n_batch - 1)/(self._k*self._processes.size - 1))
+
+@patch
+def _complete(self:NoiseScale):
+    "A measurement: the mean over the steps, of the sums over the processes"
+    As,means,*numbers = zip(*self._parts)
+    self._parts = []
+    k,n,n2,loss = self._processes.sum(torch.tensor(numbers, dtype=torch.float64)).cpu().numpy()
+    A,means = self._processes.sum(torch.stack(As)).cpu().numpy(),torch.stack(means).cpu().numpy()
+    if (n2*self._processes.size != n**2).any(): return  # the mean over the processes is not the mean over the examples
+    with np.errstate(invalid='ignore'): parts = [noise_and_scale(A, C*n, n, k) for A,C,n,k in zip(A, means, n, k)]
+    self._note(loss.sum()/n.sum(), Noise(*np.mean(parts, axis=0)))
+
+@patch
+def _time_to_wait(self:NoiseScale):
+    "Number of batches until the next measurement may begin"
+    if self.share is None: return self.every
+    seconds = self._train_seconds()
+    return max(self.every, ((self.seconds + self._cost)/self.share - seconds)*self.train_iter/seconds)
 
 @patch
 def _note(self:NoiseScale, loss, parts=None):
     "A row for the measurement, if it is finite"
     if not self._meter.end(parts): return
     self._adaptive = self._meter.metric.adaptive
-    self._since,bs = 0,max(batch_size(self.dls.train) or n_examples(self.learn), self._window.n_acc if self._window else 0)
+    self._since,bs = 0,max(batch_size(self.dls.train) or n_examples(self.learn), self._window.n_acc if self._window else 0)*self._processes.size
     self._rows.append(dict(batch=self.train_iter, epoch=self.epoch, step=self._steps, samples=self._seen, loss=float(loss), bs=bs, lr=float(self.opt.hypers[-1]['lr'])) | self._meter.columns())
 
 # %% ../nbs/14_track.ipynb #aee3dfa0

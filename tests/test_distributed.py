@@ -1,0 +1,304 @@
+"Several processes: the same figures as one, nobody waits for ever, and nothing is left behind"
+import json, os, signal, subprocess, sys
+from pathlib import Path
+
+import numpy as np, pandas as pd, pytest, torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from sklearn.datasets import load_digits
+from fastai.basics import Callback, CancelTrainException, CrossEntropyLossFlat, DataLoader, DataLoaders, Learner, SGD, Adam, accuracy
+from fastai.callback.all import GradientClip, ProgressCallback
+from fastai_bs_finder.all import *
+from fastai_bs_finder.distributed import is_distributed, Processes
+from fastai_bs_finder.steps import mock_training, profile_steps
+import footprint
+from processes import printed, run_processes
+
+x,y = load_digits(return_X_y=True)
+x,y = torch.tensor(x/16, dtype=torch.float32),torch.tensor(y)
+n = 640
+root = Path(__file__).parents[1]
+
+
+def loader(order, bs=8, **kwargs): return DataLoader([(x[i], y[i]) for i in order], bs=bs, num_workers=0, device=torch.device('cpu'), **kwargs)
+
+
+def digits(order=range(n), bs=8, shuffle=False, dropout=0., **kwargs):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Dropout(dropout), nn.Linear(32, 10))
+    dls = DataLoaders(loader(order, bs, shuffle=shuffle), loader(range(n, 1797), 64), device=torch.device('cpu'))
+    learn = Learner(dls, model, loss_func=CrossEntropyLossFlat(), metrics=accuracy, **{'opt_func': SGD, 'lr': .05} | kwargs)
+    return learn.remove_cb(ProgressCallback)
+
+
+def together(rank, f, opt_func=SGD, lr=.05, shuffle=False, dropout=0., **kwargs):
+    learn = digits(opt_func=opt_func, lr=lr, shuffle=shuffle, dropout=dropout)
+    with learn.distrib_ctx(sync_bn=False): return f(learn, rank, **kwargs)
+
+
+def weights(learn): return [p.detach().clone() for p in learn.model.parameters()]
+def equal(a, b): return all(torch.equal(x, y) for x,y in zip(a, b, strict=True))
+
+
+def find(learn, rank, *args, **kwargs):
+    "What `find` returns, but the statistics as plain values, to compare across processes"
+    before,was = footprint.state(learn),weights(learn)
+    res = learn.bs_find(*args, **dict(show_plot=False, profile=False) | kwargs)
+    rec = learn.recorder
+    found = dict(suggested=tuple(res), stats=rec.bs_stats.to_dict('list'), attrs=rec.bs_stats.attrs, layers=rec.bs_layers.to_dict('list'), table=pd.DataFrame(rec.bs_table).to_dict('list'))
+    footprint.forget(learn)
+    return found,footprint.changes(before, footprint.state(learn)),equal(was, weights(learn))
+
+
+def same_order(W, n_batch, bs=8):
+    "The order in which a single process sees the examples of each measurement that `W` processes take of it"
+    share,each = n//W,n_batch*bs
+    return [r*share + j*each + i for j in range(share//each) for r in range(W) for i in range(each)]
+
+
+@pytest.mark.parametrize('W', (2, 4))
+def test_figures_of_a_single_process(W, tmp_path):
+    per_process = 8//W
+    def f(rank, opt): return together(rank, find, num_it=80//W, n_batch=per_process, n_train=0, opt_func=opt, lr=.01)
+    for opt,ranks in zip((SGD, Adam), zip(*run_processes(tmp_path, W, lambda rank: (f(rank, SGD), f(rank, Adam))))):
+        one,*_ = find(digits(same_order(W, per_process), opt_func=opt, lr=.01), 0, num_it=80, n_batch=8, n_train=0)
+        for found,changes,unchanged in ranks:
+            assert not changes and unchanged
+            assert repr(found) == repr(ranks[0][0])
+        found = ranks[0][0]
+        assert len(found['stats']['batch']) == 10 and found['attrs']['bs'] == 8*W and found['attrs']['processes'] == W
+        for c in one['stats']:
+            if c not in ('batch', 'step'): np.testing.assert_allclose(found['stats'][c], one['stats'][c], rtol=1e-4, err_msg=c)
+
+
+def test_one_batch_of_each_process_is_a_measurement(tmp_path):
+    found,*_ = run_processes(tmp_path, 2, lambda rank: together(rank, lambda learn, r: find(learn, r, num_it=40, n_batch=1, n_train=0)))
+    assert len(found[0]['stats']['batch']) == 40 and found[0]['stats']['noise_scale'][-1] > 0
+    with pytest.raises(ValueError, match='n_batch=1 is not a whole number of 2'): digits().bs_find(n_batch=1)
+
+
+def test_profile_and_memory(tmp_path):
+    def f(learn, rank):
+        res = find(learn, rank, profile=30., lr=.05, num_it=40, n_batch=4)
+        return *res,learn.max_bs()
+    ranks = run_processes(tmp_path, 2, lambda rank: together(rank, f, shuffle=True, dropout=.2))
+    assert all(not changes and unchanged for _,changes,unchanged,_ in ranks)
+    assert repr(ranks[0]) == repr(ranks[1])
+    attrs = ranks[0][0]['attrs']
+    assert set(attrs['step_time']) >= {16, 64} and attrs['max_bs'] % 2 == 0 and ranks[0][3] == n
+    assert 'bs=16 (2 processes × 8)' in printed(tmp_path, 0) and not printed(tmp_path, 1)
+
+
+class Trouble(Callback):
+    "Something that happens in one process, at one of its batches"
+    order = 60
+    def __init__(self, kind, at): self.kind,self.at,self.seen = kind,at,0
+    def after_pred(self):
+        self.seen += 1
+        if self.seen - 1 != self.at: return
+        if self.kind == 'exception': raise ZeroDivisionError('the cat sat on the cable')
+        if self.kind == 'interrupt': raise KeyboardInterrupt
+        if self.kind == 'kill': os.kill(os.getpid(), signal.SIGKILL)
+        self.learn.pred = self.learn.pred*float('nan')
+
+
+def find_with_trouble(kind, rank, ats):
+    "What the finder says, or the error that it ends with, and what it leaves behind; one after the other, in the same processes"
+    learn,res = digits(),[]
+    with learn.distrib_ctx(sync_bn=False):
+        for at in ats:
+            if rank == 1: learn.add_cb(Trouble(kind, at))
+            before = footprint.state(learn)
+            try: learn.bs_find(num_it=24, n_batch=3, show_plot=False, profile=False)
+            except BaseException as e: said = f'{type(e).__name__}: {e}'
+            else: said = learn.recorder.bs_stats.attrs['stopped']
+            footprint.forget(learn)
+            for cb in learn.cbs:
+                if isinstance(cb, Trouble): cb.seen = 0
+            res.append((said, footprint.changes(before, footprint.state(learn))))
+            learn.remove_cb(Trouble)
+        learn.fit(1)  # it still trains
+    return res
+
+
+@pytest.mark.parametrize('kind', ('exception', 'interrupt', 'nan'))
+def test_trouble_in_one_process_ends_all(kind, tmp_path):
+    ranks = run_processes(tmp_path, 2, lambda rank: find_with_trouble(kind, rank, (0, 11, 23)))
+    for (first,changed),(second,changed_too) in zip(*ranks):
+        assert not changed and not changed_too
+        if kind == 'nan': assert first == second and 'the loss is not finite: lower lr (rank 1)' in first
+        else:
+            said = {'exception': 'the cat sat on the cable', 'interrupt': 'KeyboardInterrupt'}[kind]
+            assert said in first and 'Rank 1 of 2 failed' in first and said in second and 'Rank' not in second
+
+
+@pytest.mark.parametrize('at', (0, 11, 23))
+def test_a_process_that_is_killed(at, tmp_path):
+    def f(rank):
+        learn = digits()
+        with learn.distrib_ctx(sync_bn=False):
+            if rank == 1: learn.add_cb(Trouble('kill', at))
+            before = footprint.state(learn)
+            try: learn.bs_find(num_it=24, n_batch=3, show_plot=False, profile=False)
+            except Exception as e: return str(e),footprint.changes(before, footprint.state(learn))
+    (said,changed),gone = run_processes(tmp_path, 2, f)
+    assert gone is None and not changed and 'lost contact with the other processes: one of them was killed' in said
+
+
+def test_trouble_before_and_after(tmp_path):
+    def bad(stats):
+        if torch.distributed.get_rank(): raise ZeroDivisionError('no suggestion')
+    def f(rank):
+        learn,res = digits(),[]
+        with learn.distrib_ctx(sync_bn=False):
+            for kwargs in (dict(n_batch=0 if rank else 3), dict(n_batch=3, suggest_funcs=bad), dict(n_batch=0)):
+                try: learn.bs_find(num_it=24, show_plot=False, profile=False, **kwargs)
+                except Exception as e: res.append(str(e))
+        return res
+    first,second = run_processes(tmp_path, 2, f)
+    assert 'Rank 1 of 2 failed' in first[0] and 'n_batch=0 is not' in first[0] and 'n_batch=0 is not' in second[0] and 'Rank' not in second[0]
+    assert 'no suggestion' in first[1] and 'no suggestion' in second[1]
+    assert first[2] == second[2] and 'Rank' not in first[2]
+
+
+def test_a_step_that_fails_in_one_process_only_ends_the_profile(tmp_path):
+    class NotSoLarge(Callback):
+        def after_pred(self):
+            if len(self.learn.pred) > 8: raise torch.OutOfMemoryError('no room')
+    def f(rank):
+        learn = digits()
+        with learn.distrib_ctx(sync_bn=False), mock_training(learn):
+            if rank: learn.add_cb(NotSoLarge())
+            return profile_steps(learn, [16, 64], 60.)[1:]
+    assert run_processes(tmp_path, 2, f) == [('a step with bs=64 fails (no room)', 64)]*2
+
+
+def by_hand(rank, n_of, callback=None, **kwargs):
+    "`DistributedDataParallel` without `distrib_ctx`: each process has data of its own"
+    torch.distributed.init_process_group('gloo')
+    learn = digits(range(n_of[rank]))
+    learn.model = DistributedDataParallel(learn.model)
+    if callback and rank: learn.add_cb(callback())
+    return find(learn, rank, **kwargs)
+
+
+class ShortEpoch(Callback):
+    def before_batch(self):
+        if self.training and self.iter == 34: raise CancelTrainException
+
+@pytest.mark.parametrize('n_of,callback', (((640, 320), None), ((320, 640), None), ((640, 640), ShortEpoch)))
+def test_different_numbers_of_batches(n_of, callback, tmp_path):
+    ranks = run_processes(tmp_path, 2, lambda rank: by_hand(rank, n_of, callback, num_it=100, n_batch=3))
+    assert not isinstance(ranks[0], Exception), ranks
+    for found,changes,unchanged in ranks:
+        assert not changes and unchanged
+        assert len(found['stats']['batch']) > 5
+        assert found['stats']['noise_scale'] == ranks[0][0]['stats']['noise_scale']
+
+
+def test_bytes_that_a_measurement_sends(tmp_path):
+    def f(learn, rank):
+        sent,all_reduce = [],torch.distributed.all_reduce
+        def counted(t, *args, **kwargs):
+            sent.append(t.numel()*t.element_size())
+            return all_reduce(t, *args, **kwargs)
+        torch.distributed.all_reduce = counted
+        gradient = sum(p.numel()*4 for p in learn.model.parameters())
+        learn.bs_find(num_it=40, n_batch=8, n_train=0, show_plot=False, profile=False)
+        return sum(sent)/5/gradient
+    per_measurement = run_processes(tmp_path, 2, lambda rank: together(rank, f))
+    assert 1 <= per_measurement[0] <= 1.1
+
+
+@pytest.mark.parametrize('kwargs', (dict(), dict(cbs=GradientClip(.5)), dict(accumulate=True), dict(opt_func=Adam, lr=.003)))
+def test_noise_scale_leaves_no_trace(kwargs, tmp_path):
+    def run(rank, measure):
+        torch.manual_seed(rank)
+        learn = digits(shuffle=True, dropout=.2, **{k: v for k,v in kwargs.items() if k != 'accumulate'})
+        learn.dls.train.rng.seed(3)
+        torch.manual_seed(rank)
+        cbs = [NoiseScale(share=None)]*measure + [AccumulateGrads(32)]*('accumulate' in kwargs)
+        with learn.distrib_ctx(sync_bn=False): learn.fit_one_cycle(2, cbs=cbs)
+        return weights(learn),[float(l) for l in learn.recorder.losses],learn.recorder.noise_scale if measure else None
+    plain,measured = zip(*run_processes(tmp_path, 2, lambda rank: (run(rank, False), run(rank, True))))
+    for a,b in zip(plain, measured): assert equal(a[0], b[0]) and a[1] == b[1]
+    assert equal(measured[0][0], measured[1][0])
+    stats,others = measured[0][2],measured[1][2]
+    assert len(stats) >= 8 and stats.noise_scale.tolist() == others.noise_scale.tolist() and stats.batch.tolist() == others.batch.tolist()
+    assert stats.noise.iloc[-1] > 0 and stats.bs.iloc[-1] == (64 if kwargs.get('accumulate') else 16)
+
+
+def test_noise_scale_finds_the_truth(tmp_path):
+    "At weights that stay, held against per-example gradients"
+    def f(rank):
+        learn = digits(shuffle=True, lr=0.)
+        with learn.distrib_ctx(sync_bn=False): learn.fit(6, lr=0., cbs=NoiseScale(share=None, beta=.99))
+        return learn.recorder.noise_scale.iloc[-1]
+    found = run_processes(tmp_path, 2, f)[0]
+    learn = digits()
+    per_example = torch.stack([torch.cat([g.flatten() for g in torch.autograd.grad(nn.functional.cross_entropy(learn.model.eval()(x[i:i+1]), y[i:i+1]), list(learn.model.parameters()))]) for i in range(n)])
+    mean = per_example.mean(0)
+    S = (per_example - mean).square().sum()/(n - 1)
+    truth = float(S/(mean.square().sum() - S/n))
+    assert found.lo < truth < found.hi < 3*found.lo
+
+
+def test_the_share_of_the_time(tmp_path):
+    def f(rank):
+        learn = digits(shuffle=True)
+        with learn.distrib_ctx(sync_bn=False): learn.fit(4, cbs=NoiseScale(share=.02))
+        stats = learn.recorder.noise_scale
+        return len(stats),stats.attrs['seconds']/stats.attrs['train_seconds'],stats.batch.tolist()
+    first,second = run_processes(tmp_path, 2, f)
+    assert first[2] == second[2] and 1 <= first[0] < 4*40/7/2
+
+
+def test_set_bs(tmp_path):
+    def f(learn, rank):
+        learn.set_bs(64)
+        res = [learn.dls.train.bs]
+        learn.set_bs(256, fits=64)
+        res += [learn.dls.train.bs,next(o.n_acc for o in learn.cbs if isinstance(o, AccumulateGrads))]
+        learn.set_bs(16)
+        res += [learn.dls.train.bs,any(isinstance(o, AccumulateGrads) for o in learn.cbs)]
+        return res
+    assert run_processes(tmp_path, 2, lambda rank: together(rank, f)) == [[32, 32, 128, 8, False]]*2
+    assert printed(tmp_path, 0).splitlines() == ['Batches of 64 examples (2 processes × 32), 10 steps per epoch.',
+        'Batches of 64 examples (2 processes × 32), the gradients of 4 accumulated: 256 examples per step, 3 steps per epoch.',
+        'Batches of 16 examples (2 processes × 8), 40 steps per epoch.']
+    assert not printed(tmp_path, 1)
+
+
+def test_accumulated_like_a_large_batch(tmp_path):
+    def run(accumulate):
+        learn = digits()
+        with learn.distrib_ctx(sync_bn=False): learn.set_bs(128, fits=32 if accumulate else None).fit(2)
+        return weights(learn)
+    a,b = zip(*run_processes(tmp_path, 2, lambda rank: (run(False), run(True))))
+    assert equal(b[0], b[1])
+    for p,q in zip(a[0], b[0], strict=True): torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+def test_what_works_in_a_single_process_says_so(tmp_path):
+    def f(learn, rank):
+        res = []
+        for call in (lambda: learn.bs_sweep([8]), lambda: learn.fit(1, cbs=GrowBatch()), lambda: learn.bs_find(step_every_batch=True)):
+            try: call()
+            except ValueError as e: res.append(str(e))
+        return res
+    for said in run_processes(tmp_path, 2, lambda rank: together(rank, f)): assert len(said) == 3 and all('single process' in s for s in said)
+
+
+def test_torchrun(tmp_path, n=4):
+    "The tutorial's script, started as it says; with 2 processes the tutorial itself runs it"
+    cells = json.loads((root/'nbs/24_distributed.ipynb').read_text())['cells']
+    script = next(''.join(c['source']).removeprefix('%%writefile train.py\n') for c in cells if ''.join(c['source']).startswith('%%writefile train.py'))
+    (tmp_path/'train.py').write_text(script + "\nPath(f'rank{rank_distrib()}.txt').write_text(repr([learn.recorder.bs_stats.noise_scale.tolist(), found, learn.dls.train.bs]))\n")
+    command = next(''.join(c['source']) for c in cells if ''.join(c['source']).startswith('!torchrun')).removeprefix('!').split(' 2>')[0].replace('_node 2', f'_node {n}')
+    env = os.environ | dict(ACCELERATE_USE_CPU='true', OMP_NUM_THREADS='1', PYTHONWARNINGS='ignore', MPLBACKEND='agg', PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    out = subprocess.run(command, shell=True, cwd=tmp_path, env=env, text=True, capture_output=True, timeout=300)
+    assert out.returncode == 0, out.stderr
+    results = [f.read_text() for f in tmp_path.glob('rank*.txt')]
+    assert len(results) == n and len(set(results)) == 1
+    assert out.stdout.count('The noise scale is') == 1 and f'bs={16*n} ({n} processes × 16)' in out.stdout
+    assert (tmp_path/'bs_find.png').stat().st_size > 10_000
