@@ -53,6 +53,7 @@ bench: install
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python -W ignore benchmarks/prediction.py
 	$(BIN)/python -W ignore benchmarks/growing.py
+	$(BIN)/python -W ignore benchmarks/distributed.py
 
 training: install
 	rm -f benchmarks/training.csv
