@@ -587,6 +587,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'fastai_bs_finder/sweep.py'),
                                         'fastai_bs_finder.sweep._fit_in_words': ('sweep.html#_fit_in_words', 'fastai_bs_finder/sweep.py'),
                                         'fastai_bs_finder.sweep._fixed_batches': ('sweep.html#_fixed_batches', 'fastai_bs_finder/sweep.py'),
+                                        'fastai_bs_finder.sweep._goal': ('sweep.html#_goal', 'fastai_bs_finder/sweep.py'),
                                         'fastai_bs_finder.sweep._has_valid': ('sweep.html#_has_valid', 'fastai_bs_finder/sweep.py'),
                                         'fastai_bs_finder.sweep._key': ('sweep.html#_key', 'fastai_bs_finder/sweep.py'),
                                         'fastai_bs_finder.sweep._known_monitors': ( 'sweep.html#_known_monitors',

@@ -413,7 +413,7 @@ def bs_sweep(self:Learner,
     if show_plot and len(stats): self.recorder.plot_bs_sweep()
     return stats
 
-# %% ../nbs/16_sweep.ipynb #04af2bd5
+# %% ../nbs/16_sweep.ipynb #f0a9dfdc
 def _said(monitor): return {'loss': 'training loss', 'valid_loss': 'validation loss'}.get(monitor, monitor.replace('_', ' '))
 
 def _fit_in_words(fit, sizes):
@@ -444,18 +444,22 @@ def sweep_summary(
     elif n and a['target'] is None:
         best = known[a['monitor']].astype(float).agg('idxmin' if a['lower'] else 'idxmax')
         res += [f"In the same budget, bs={best} has the best {what}, {known[a['monitor']][best]:.3g}, with lr={_lr(known.lr[best])}.", *_edges_in_words(stats)]
-    elif n and not top.reached.any(): res += [f"No training reached a {what} of {a['target']:g}: raise budget, or choose another target.", *_edges_in_words(stats)]
-    elif n: res += _to_target_in_words(stats, top, what)
+    elif n and not top.reached.any(): res += [f"No training reached {_goal(a)}: raise budget, or choose another target.", *_edges_in_words(stats)]
+    elif n: res += _to_target_in_words(stats, top)
     return ' '.join(res)
 
-def _to_target_in_words(stats, top, what):
+def _goal(attrs):
+    what = _said(attrs['monitor'])
+    return f"{'an' if what[0] in 'aeiou' else 'a'} {what} of {attrs['target']:g}"
+
+def _to_target_in_words(stats, top):
     a,never = stats.attrs,list(top.index[~top.reached])
     top = top[top.reached]
     best,bs0 = top.seconds.idxmin(),a['bs']
-    text = f"bs={best} reaches a {what} of {a['target']:g} in the shortest time, {_num(top.seconds[best])} s with lr={_lr(top.lr[best])}"
+    text = f"bs={best} reaches {_goal(a)} in the shortest time, {_num(top.seconds[best])} s with lr={_lr(top.lr[best])}"
     if bs0 in top.index and bs0 != best: text += f": {_ratio(top.seconds[best]/top.seconds[bs0])} of the time of bs={bs0} at its best learning rate, in {_ratio(top.steps[best]/top.steps[bs0])} of its steps and {_ratio(top.examples[best]/top.examples[bs0])} times the examples"
     res = [text + '.']
-    if (top.steps <= 1).all(): return [f"A {what} of {a['target']:g} is there after a single step: choose a target that takes training" + (", or say with comp=np.less that lower is better." if not a['lower'] else ".")]
+    if (top.steps <= 1).all(): return [f"After a single step there is already {_goal(a)}: choose a target that takes training" + (", or say with comp=np.less that lower is better." if not a['lower'] else ".")]
     if a['fit']: res.append(_fit_in_words(a['fit'], top.index))
     if never: res.append(f"It was not reached with bs={', '.join(map(str, never))}.")
     return res + _edges_in_words(stats)

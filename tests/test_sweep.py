@@ -295,7 +295,7 @@ def test_lower_is_better_for_errors():
 
 def test_a_target_that_is_there_at_once_is_said(capsys):
     sweep(plain(), [16], 5., lrs=[.1])
-    assert 'A training loss of 5 is there after a single step: choose a target that takes training' in capsys.readouterr().out
+    assert 'After a single step there is already a training loss of 5: choose a target that takes training' in capsys.readouterr().out
 
 
 def test_a_model_that_changes_its_input():
