@@ -129,10 +129,10 @@ def _begin(self:BSFinder):
 def _clear_grads(self:BSFinder):
     for p in self._meter.params: p.grad = None
 
-# %% ../nbs/04_finder.ipynb #93ee6405
+# %% ../nbs/04_finder.ipynb #45f4b512
 @patch
 def after_backward(self:BSFinder):
-    if not self._measuring: return self.average_gradients(self._meter.params, 0., 0., 0.)
+    if not self._measuring: return self._train_together()
     grads,bs = [p.grad for p in self._meter.params],n_examples(self.learn)
     if all(g is None for g in grads): self._leave_out('no batch gave a gradient')
     scale = loss_scale(self.learn)
@@ -145,6 +145,10 @@ def after_backward(self:BSFinder):
     self._loss_sum = self._loss_sum + self.learn.loss.detach().mean()*bs
     if self._meter.n_batch == self.n_batch: self._complete(bs, scale or 1.)
     elif not self.step_every_batch: self._skip_step()
+
+@patch
+def _train_together(self:BSFinder):
+    if self.average_gradients(self._meter.params, 0., 0., 0.)[1]: self._to_train = self.n_train + 1  # others have just measured: go along with them
 
 @patch(as_prop=True)
 def _on_cpu(self:BSFinder): return self.learn.loss.device.type == 'cpu'
@@ -159,16 +163,16 @@ def _skip_step(self:BSFinder):
     self._clear_grads()
     raise CancelBatchException
 
-# %% ../nbs/04_finder.ipynb #acaee831
+# %% ../nbs/04_finder.ipynb #30ef8938
 @patch
 def _complete(self:BSFinder, bs, loss_scale):
     self._check_loss()
     loss_sum,measured,all_bs = self.add_up(self._meter.sums, self._meter.params, float(self._loss_sum), 1., float(self._bs))
-    self._loss_sum,self._all_bs = 0.,int(all_bs)
+    self._loss_sum = 0.
     if measured < self.processes.size:  # somebody else's epoch did not have enough batches left
         self._to_train = self.n_train
         return set_gradients(self._meter.params, self._meter.sums.pop_mean(loss_scale))
-    loss = loss_sum/self._meter.sums.samples
+    loss,self._all_bs = loss_sum/self._meter.sums.samples,int(all_bs)
     finite,mean = self._meter.end(),self._meter.sums.pop_mean(loss_scale)
     self._to_train = self.n_train
     if not finite: self._leave_out('the gradients are not finite')
@@ -293,7 +297,7 @@ def _profile(learn, stats, step_seconds, budget):
         best = fastest(stats)
         if best is None or best in a['step_time'] or timed([best], end - time.perf_counter()): break
 
-# %% ../nbs/04_finder.ipynb #665fb18d
+# %% ../nbs/04_finder.ipynb #dd546550
 @patch
 def bs_find(self:Learner,
     lr:float|slice|list|None=None, # Learning rate of the mock training, as in `fit`; `None`: the learner's
@@ -317,7 +321,7 @@ def bs_find(self:Learner,
         if processes.size == 1: _whole('n_batch', n_batch, 2)
         elif step_every_batch: raise ValueError("step_every_batch=True compares with older tools, which work in a single process: leave it at False, or call bs_find outside of distrib_ctx")
         n_epoch_it = _check_loader(self.dls.train, num_it)
-        shortest = processes.agree(processes.batches(n_epoch_it) if n_epoch_it else math.inf)
+        shortest = processes.agree(processes.batches(self.dls.train) if n_epoch_it else math.inf)
         n_epoch_it = None if shortest == math.inf else int(shortest)
         cb = BSFinder(n_epoch_it if num_it is None else num_it, n_batch, beta, n_train, step_every_batch, hessian=hessian)
         if n_epoch_it and n_batch > n_epoch_it:
@@ -331,8 +335,8 @@ def bs_find(self:Learner,
                 start = time.perf_counter()
                 self.fit(math.ceil(cb.num_it/n_epoch_it) if n_epoch_it else 1, lr, cbs=cb)
                 cb._first_loss = processes.agree(float(cb._first_loss), np.mean)
-                stats = cb.stats
-                stats.attrs.update(n=n_train_examples(self), lr_given=self.lr if lr is None else lr, suggested={})
+                stats = processes.first(cb.stats)
+                stats.attrs.update(n=processes.first(processes.examples(n_train_examples(self))), lr_given=self.lr if lr is None else lr, suggested={})
                 if share and len(stats): _profile(self, stats, cb.step_seconds, share*(time.perf_counter() - start))
         except BaseException:
             if bar and bar.last_v is not None: bar.on_interrupt()

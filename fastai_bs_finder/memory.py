@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['Memory', 'estimate_memory']
 
-# %% ../nbs/07_memory.ipynb #75db404a
+# %% ../nbs/07_memory.ipynb #ed68639e
 import gc, math, sys, time, weakref
 from contextlib import nullcontext
 from numbers import Real
 from pathlib import Path
 from typing import NamedTuple
 
-import psutil, torch
+import psutil, torch, torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 from fastcore.basics import patch
 from fastai.callback.core import Callback
@@ -161,7 +161,7 @@ def _host_available(root=Path('/sys/fs/cgroup')):
         except (OSError, ValueError, KeyError): pass  # not there, or without a limit
     return max(res, 0)//n_local_processes()
 
-# %% ../nbs/07_memory.ipynb #5eda137f
+# %% ../nbs/07_memory.ipynb #b22ba8bd
 def _probe_sizes(bs, most):
     small = 1 if bs == 1 else max(bs//4, 2)
     return sorted({min(small, most), min(max(bs, 2*small), most)})
@@ -171,7 +171,7 @@ def _device(learn): return torch.device(getattr(learn.dls, 'device', None) or ne
 def _meter(learn):
     device = _device(learn)
     res = (_CudaBytes if device.type == 'cuda' else _HostBytes)(device)
-    if n_local_processes() > 1: res.held = sum(p.numel()*p.element_size() for p in learn.model.parameters() if p.requires_grad)  # DistributedDataParallel's buckets
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1: res.held = sum(p.numel()*p.element_size() for p in learn.model.parameters() if p.requires_grad)  # DistributedDataParallel's buckets
     return res
 
 def _warm_up():
@@ -209,7 +209,7 @@ def estimate_memory(
     "Estimate the memory of a training step from two small probes. Raises `torch.OutOfMemoryError` where not even they fit"
     return _estimate(learn, _meter(learn), bs, seconds)
 
-# %% ../nbs/07_memory.ipynb #ef822388
+# %% ../nbs/07_memory.ipynb #985e7af1
 _tries,_growth = 12,8
 
 def _climb(learn, meter, margin, most):
@@ -244,6 +244,6 @@ def max_bs(self:Learner,
             if check is None: check = _device(self).type == 'cuda'
             res = _climb(self, meter, margin, most) if check else min(mem.max_bs(margin), most)
         if res < 1: raise torch.OutOfMemoryError(f"Not even one example fits: {mem}, of which margin={margin} is to be used. Free memory, raise margin, or train a smaller model")
-        res = min(int(processes.agree(res))*processes.size, most)
+        res = min(int(processes.agree(res))*processes.size, processes.agree(processes.examples(most)))
     if hasattr(self, 'recorder'): self.recorder.bs_fits = res
     return res

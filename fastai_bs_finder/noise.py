@@ -56,7 +56,7 @@ def sq_norm(
     "Sum of the squares of all elements of `tensors`, accumulated in float32 at least"
     return sq_norms(tensors).sum()
 
-# %% ../nbs/00_noise.ipynb #a4d1e551
+# %% ../nbs/00_noise.ipynb #6185b84a
 class GradSums:
     "The running sums of one measurement: gradients of batches taken at the same weights"
     def __init__(self,
@@ -66,6 +66,18 @@ class GradSums:
         self._reset()
 
     def _reset(self): self.k,self.samples,self.A,self._sums,self._sparse_dims = 0,0,0.,None,{}
+
+    @classmethod
+    def of_one_batch(cls,
+        grads:list, # Gradients of the batch's mean loss, one per parameter; `None` where a parameter got none
+        bs:int, # Number of examples in the batch
+        loss_scale:float=1., # What the gradients are still multiplied by (fp16 loss scaling)
+    ): # Good for `pop_mean` only: the norms are not taken
+        "The sums of a single batch"
+        res = cls()
+        res.k,res.samples,res._sums = 1,bs,[None]*len(grads)
+        res._add([(i, g.detach()) for i,g in enumerate(grads) if g is not None], bs/loss_scale)
+        return res
 
     def add(self,
         grads:list, # Gradients of the batch's mean loss, one per parameter; `None` where a parameter got none

@@ -57,14 +57,14 @@ def check_settable(
     "Raise `ValueError` where its batch size cannot be set"
     if batch_size(dl) is None: raise ValueError(f"This {type(dl).__name__} has no batch size to set: its batches come ready-made, from its data set, its batch_sampler or a loader of your own. Make it anew with the batch size that you want")
 
-# %% ../nbs/13_set_bs.ipynb #d8bab56f
+# %% ../nbs/13_set_bs.ipynb #3949e0c1
 def _in_words(learn, processes, bs, micro, before):
     dl,n,n_it = learn.dls.train,n_train_examples(learn),len_or_none(learn.dls.train)
     k = math.ceil(processes.share(bs)/micro)
     if processes.size > 1: res = f"Batches of {processes.size*micro:,} examples ({processes.size} processes × {micro:,})"
     else: res = f"Batches of {micro:,} examples"
     if k > 1: res += f", the gradients of {k} accumulated: {k*micro*processes.size:,} examples per step"
-    if n_it: res += f", {math.ceil(processes.batches(n_it)/k):,} steps per epoch"
+    if n_it: res += f", {math.ceil(processes.batches(dl)/k):,} steps per epoch"
     left = processes.share(n) % micro*processes.size if n else 0
     if getattr(dl, 'drop_last', False) and left > n/20: res += f"; drop_last=True leaves {left:,} of {n:,} examples out of each epoch"
     table = getattr(getattr(learn, 'recorder', None), 'bs_table', None)
@@ -73,7 +73,7 @@ def _in_words(learn, processes, bs, micro, before):
         res += f". bs_find's advice for it: lr≈{_lr(row.lr)}, about {_ratio(row.epochs)} times the epochs"
     return res + '.'
 
-# %% ../nbs/13_set_bs.ipynb #e69b9093
+# %% ../nbs/13_set_bs.ipynb #e03b22e8
 _follows = WeakKeyDictionary()  # which loaders of a `DataLoaders` go along with the training loader
 
 @patch
@@ -85,7 +85,7 @@ def set_bs(self:Learner,
     bs,processes = _chosen(bs),Processes(self)
     _whole('bs', bs, 1)
     if fits is not None: _whole('fits', fits, processes.size)
-    own,fits,n = processes.share(bs),known_fits(self) if fits is None else fits,n_train_examples(self)  # of each process
+    own,fits,n = processes.share(bs),known_fits(self) if fits is None else fits,processes.examples(n_train_examples(self))
     micro = micro_bs(own, fits and max(fits//processes.size, 1))
     if n is not None and bs > n: raise ValueError(f"bs={bs} is more than the {n:,} examples of the training set: give {n} or less")
     if foreign := [o for o in self.cbs if isinstance(o, GradientAccumulation) and not isinstance(o, AccumulateGrads)]:

@@ -7,7 +7,7 @@ __all__ = ['mock_training', 'len_or_none', 'n_examples', 'loss_scale', 'n_train_
            'rebatch', 'second_loader', 'LockStep', 'set_gradients', 'synchronize', 'TimedSteps', 'run_steps',
            'out_of_memory', 'profile_steps', 'StepTime']
 
-# %% ../nbs/06_steps.ipynb #84eb926e
+# %% ../nbs/06_steps.ipynb #8ac1e5f1
 import math, random, sys, time
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
@@ -31,12 +31,12 @@ from fastai.callback.fp16 import MixedPrecision, NonNativeMixedPrecision
 from fastai.callback.training import GradientAccumulation
 from fastai.data.load import DataLoader, _FakeLoader
 from fastai.learner import AvgSmoothLoss, Learner
-from fastai.torch_core import find_bs, item_find, to_detach
-from .distributed import add_up, is_distributed, ProcessError, Processes
+from fastai.torch_core import find_bs, item_find, num_distrib, to_detach
+from .distributed import add_up, before_broadcast, is_distributed, trainers, ProcessError, Processes
 from .noise import GradSums
 from .snapshot import no_footprint
 
-# %% ../nbs/06_steps.ipynb #fac13ef9
+# %% ../nbs/06_steps.ipynb #e93d6fcc
 _aside = (progress.ProgressCallback, progress.CSVLogger, GradientAccumulation)
 
 class _OwnSmoothLoss(AvgSmoothLoss):
@@ -44,6 +44,19 @@ class _OwnSmoothLoss(AvgSmoothLoss):
     def accumulate(self, learn):
         self.count += 1
         self.val = torch.lerp(to_detach(learn.loss.mean(), gather=False), self.val, self.beta)
+
+class _MeetFirst(Callback):
+    "Before the processes make a `DistributedDataParallel` together, they meet"
+    order = 10.5
+    def before_fit(self): Processes(self.learn).meet()
+
+def _alone_until_they_meet(learn):
+    "Let nothing wait for other processes but the meetings: no gathered losses, no batch-norm over all processes"
+    learn.recorder.smooth_loss,learn.recorder.train_metrics = _OwnSmoothLoss(learn.recorder.smooth_loss.beta),False
+    learn.add_cb(_MeetFirst())
+    for o in trainers(learn): o.sync_bn = False
+    for m in learn.model.modules():
+        if isinstance(m, torch.nn.SyncBatchNorm): m.forward = MethodType(torch.nn.modules.batchnorm._BatchNorm.forward, m)
 
 @contextmanager
 def mock_training(
@@ -54,8 +67,10 @@ def mock_training(
         learn.remove_cbs(L(o for o in learn.cbs if isinstance(o, _aside)))
         learn.lr_finder = True
         if not learn.opt: learn.create_opt()
-        if is_distributed(learn): learn.recorder.smooth_loss,learn.recorder.train_metrics = _OwnSmoothLoss(learn.recorder.smooth_loss.beta),False
-        with learn.no_logging(): yield
+        try:
+            if is_distributed(learn): _alone_until_they_meet(learn)
+            with learn.no_logging(): yield
+        finally: before_broadcast.clear()
 
 # %% ../nbs/06_steps.ipynb #1d233775
 def _whole(name, x, least):
@@ -119,7 +134,7 @@ class Passes(GetAttr):
             self.before_pass()
             for b in self.dl: yield b
 
-# %% ../nbs/06_steps.ipynb #64e45632
+# %% ../nbs/06_steps.ipynb #aa6d6223
 def batch_size(
     dl, # A fastai or PyTorch data loader
 ) -> int|None: # `None` where its batches come ready-made
@@ -139,6 +154,7 @@ def rebatch(
 ): # The loader to use from now on: `dl` itself, or a new one where the data is laid out for the batch size
     "Let a loader make batches of `bs` examples"
     if is_laid_out(dl): return dl.new(bs=bs)
+    if isinstance(dl, getattr(sys.modules.get('fastai.distributed'), 'DistributedDL', ())): rebatch(dl.dl, bs)  # a training in several processes broke off and left it
     if isinstance(dl, torch_data.DataLoader):
         if hasattr(dl.batch_sampler, 'batch_size'):
             dl.batch_sampler.batch_size = bs
@@ -163,16 +179,21 @@ def second_loader(
         return res
     return dl.new(num_workers=0) if hasattr(dl, 'new') else dl
 
-# %% ../nbs/06_steps.ipynb #05417c23
+# %% ../nbs/06_steps.ipynb #311fd3fb
 class LockStep(Callback):
     "A callback of a mock training; where several processes train together, they take every step together"
     run_valid,processes = False,Processes()
-    def before_fit(self): self.processes,self._over,self._epoch_over = Processes(self.learn),False,False
+    def before_fit(self):
+        self.processes,self._over,self._epoch_over = Processes(self.learn),False,False
+        before_broadcast[:] = [self.meet]*(self.processes.size > 1)
     def before_train(self): self._epoch_over = False
     def before_validate(self): raise CancelValidException
     def after_train(self):
         if self.processes.size > 1 and not self._epoch_over: self.meet('epoch')
+    def after_cancel_epoch(self): self.after_train()
     def after_fit(self):
+        before_broadcast.clear()
+        if isinstance(self.model, DistributedDataParallel): self.model.require_backward_grad_sync = self.model.require_forward_param_sync = True
         if self.processes.size == 1 or self._over: return
         try: self.meet('fit')
         except CancelFitException: pass  # it is over
@@ -199,12 +220,13 @@ class LockStep(Callback):
         return add_up(self.processes, sums, params, *values)
 
     def average_gradients(self, params, *values):
-        "Give `params` the mean gradient over the examples of all processes, and add up `values`"
-        if self.processes.size == 1: return
-        sums,scale = GradSums(),loss_scale(self.learn) or 1.
-        sums.add([p.grad for p in params], max(n_examples(self.learn), 1), scale)
-        self.add_up(sums, params, *values)
+        "Give `params` the mean gradient over the examples of all processes; returns the sums of `values`"
+        if self.processes.size == 1: return values
+        scale = loss_scale(self.learn) or 1.
+        sums = GradSums.of_one_batch([p.grad for p in params], max(n_examples(self.learn), 1), scale)
+        values = self.add_up(sums, params, *values)
         set_gradients(params, sums.pop_mean(scale))
+        return values
 
 def set_gradients(
     params:list, # Parameters
@@ -213,7 +235,7 @@ def set_gradients(
     "Hand gradients to an optimizer"
     for p,g in zip(params, grads): p.grad = None if g is None else g.to(p.dtype)
 
-# %% ../nbs/06_steps.ipynb #e8754d0d
+# %% ../nbs/06_steps.ipynb #f4f769ca
 def synchronize(
     device, # A `torch.device`
 ):
@@ -245,13 +267,13 @@ class TimedSteps(LockStep):
         took = time.perf_counter() - self.start
         self.meet()
         self.seconds.append(max(self.processes.gather(took)))
-        self.sizes.append(n_examples(self.learn)*self.processes.size)
+        self.sizes.append(int(sum(self.processes.gather(n_examples(self.learn)))))
         self.start = time.perf_counter()
         if self.enough(self.seconds):
             self._over = True  # for all
             raise CancelFitException
 
-def _few(dl): return dl.rng.sample(range(dl.n), min(dl.n, 40*dl.bs))
+def _few(dl): return dl.rng.sample(range(dl.n), min(dl.n, 40*dl.bs*max(num_distrib(), 1)))
 
 def _draw_few(dl):
     "Let a fastai loader that shuffles draw examples for some steps, rather than shuffle the whole training set before the first"
@@ -271,7 +293,7 @@ def run_steps(
     learn.fit(10**9, 0., cbs=cb)
     return cb
 
-# %% ../nbs/06_steps.ipynb #922daafd
+# %% ../nbs/06_steps.ipynb #960e52d1
 _point = 2.  # seconds to spend on a batch size, at most
 
 def out_of_memory(
@@ -304,7 +326,7 @@ def profile_steps(
         try: steps = run_steps(learn, processes.share(bs), enough)
         except Exception as e:  # a model, or a loss, for one batch size only: no reason to lose the measurements
             learn._end_cleanup()
-            said = e.said if isinstance(e, ProcessError) else processes.meet('error', (_first_line(e), out_of_memory(e)))[2]
+            said = e.said if isinstance(e, ProcessError) else processes.meet('trouble', (_first_line(e), out_of_memory(e)))[2]
             if said is None: raise
             trouble,failed = f"a step with bs={bs} fails ({said[0]})",bs if said[1] else None
             break

@@ -29,7 +29,7 @@ from .predict import noise_in_use, _num
 from .snapshot import Snapshot, training_tensors, _CtrlC, _global_state
 from .steps import batch_size, len_or_none, loss_scale, out_of_memory, n_examples, second_loader, synchronize, _whole
 
-# %% ../nbs/14_track.ipynb #c7a6587b
+# %% ../nbs/14_track.ipynb #11b01695
 class NoiseScale(_AsideCallback):
     "Measure the gradient noise scale along a training, without a trace in it: `learn.recorder.noise_scale`, `plot_noise_scale()`, and a column in the progress table and in what loggers log"
     order,run_valid = AccumulateGrads.order + 1,False
@@ -62,6 +62,8 @@ class NoiseScale(_AsideCallback):
     def _begin_training(self):
         self._rows,self.seconds,self._trained,self._start,self._off = [],0.,0.,None,False
         self._processes = Processes(self.learn)
+        if self._processes.size > 1 and (foreign := [o for o in self.learn.cbs if isinstance(o, GradientAccumulation) and not isinstance(o, AccumulateGrads)]):
+            raise ValueError(f"NoiseScale reads the gradients of several processes along with AccumulateGrads only: take {foreign[0]!r} off, and use AccumulateGrads({foreign[0].n_acc})")
         if len_or_none(self.dls.train) == 1 and not self._window and self._processes.size == 1: raise ValueError("An epoch is a single batch, and the noise scale takes two: train with smaller batches, or accumulate the gradients of several, AccumulateGrads")
         self._meter,self._left,self._adaptive = OptMeter(self.opt, self.beta),0,False
         self._steps,self._seen,self._since,self._collecting = 0,0,0,False
@@ -109,7 +111,7 @@ def _in_words(self:NoiseScale):
     at_end = f"at least {_num(last.lo)}" if last.hi == math.inf else _num(last.noise_scale) if math.isnan(last.hi) else f"{_num(last.noise_scale)} (95% interval {_num(last.lo)} to {_num(last.hi)})"
     return f"{where}: {at_end} examples at the end."
 
-# %% ../nbs/14_track.ipynb #fbed3a19
+# %% ../nbs/14_track.ipynb #0f943c03
 @patch
 def _train_seconds(self:NoiseScale): return self._trained + (time.perf_counter() - self._start - self._paused if self._start is not None else 0)
 
@@ -138,7 +140,7 @@ def _due(self:NoiseScale, batches, cost):
 @patch
 def after_batch(self:NoiseScale):
     self._seen += n_examples(self.learn)*self._processes.size
-    self._since += 1
+    if self._processes.size == 1: self._since += 1
     if self._collects: return
     cost = self.n_batch*self._train_seconds()/(self.train_iter or 1) if self._cost is None else self._cost
     if not self._due(self._since, cost): return
@@ -223,7 +225,7 @@ def _whole_pass(self:NoiseScale):
     if self._batches is None or self._left < n: self._batches,self._left = iter(self._source),math.inf if per_pass is None else per_pass
     return n
 
-# %% ../nbs/14_track.ipynb #e85f4772
+# %% ../nbs/14_track.ipynb #efa127d9
 @patch(as_prop=True)
 def _window(self:NoiseScale): return next((o for o in self.learn.cbs if isinstance(o, AccumulateGrads)), None)
 
@@ -238,13 +240,15 @@ def _accumulates(self:NoiseScale):
 @patch
 def before_backward(self:NoiseScale):
     if not self._collects: return
-    bs = n_examples(self.learn)
+    bs,several = n_examples(self.learn),self._processes.size > 1
+    if several: self._since += 1  # backward passes: as many in all processes
     if not self._accumulates or self._window.count == bs:
-        batches = self._since + (math.ceil(self._window.n_acc/bs) if self._accumulates else 1)
-        self._collecting = self._due(batches, self._cost or 0.) if self._processes.size == 1 else bool(self._parts) or batches >= self._wait
+        n = math.ceil(self._window.n_acc/bs) if self._accumulates else 1
+        self._collecting = self._due(self._since + n, self._cost or 0.) if not several else bool(self._parts) or self._since + n > self._wait
         if self._collecting:
             self._meter.begin(self._rows)
             self._A,self._k,self._n,self._loss_sum,self._took = 0.,0,0,0.,0.
+            if not self._parts: self._n_parts = math.ceil((self.n_batch - 1)/(n*self._processes.size - 1)) if several else 1
     if not self._collecting: return
     self._grads = [None]*len(self._meter.params)
     self._handles = [p.register_hook(partial(self._grads.__setitem__, i)) for i,p in enumerate(self._meter.params) if p.requires_grad]
@@ -266,42 +270,44 @@ def after_backward(self:NoiseScale):
     self._unhook()
     start,bs = time.perf_counter(),n_examples(self.learn)
     grads,self._grads = self._grads,None
-    if all(g is None for g in grads): return
-    self._A = self._A + self._sq_norms(grads)*bs
-    self._k,self._n,self._loss_sum = self._k + 1,self._n + bs,self._loss_sum + self.learn.loss.detach().mean()*bs
+    if any(g is not None for g in grads):
+        self._A = self._A + self._sq_norms(grads)*bs
+        self._k,self._n,self._loss_sum = self._k + 1,self._n + bs,self._loss_sum + self.learn.loss.detach().mean()*bs
     self._took += time.perf_counter() - start
+    if self._processes.size > 1 and getattr(self.model, 'require_backward_grad_sync', True): self._take_mean(bs/self._window.count if self._accumulates else 1.)
 
 @patch
 def before_step(self:NoiseScale):
-    if not self._collecting: return
+    if self._collecting and self._processes.size == 1 and self._k > 1: self._take_mean(1.)
     self._collecting = False
-    if self._k*self._processes.size < 2: return
-    synchronize(self.learn.loss.device)
-    start = time.perf_counter()
-    mean = self._sq_norms([p.grad for p in self._meter.params])
-    if self._parts and self._parts[0][0].shape != mean.shape: self._parts = []  # the optimizer has a metric only now
-    self._parts.append((self._A, mean, self._k, self._n, self._n**2, float(self._loss_sum)))
-    complete = len(self._parts) == self._n_steps()
-    if complete: self._complete()
-    took = self._took + time.perf_counter() - start
-    self._cost = took*self._n_steps()
-    self._spend(took)
-    if complete: self._wait = math.ceil(self._processes.gather(self._time_to_wait())[0])
 
 @patch
-def _n_steps(self:NoiseScale):
-    "Number of steps whose gradients make a measurement: as many as tell the noise as well as `n_batch` batches do; an accumulated window is one in any case"
-    return 1 if self._processes.size == 1 else math.ceil((self.n_batch - 1)/(self._k*self._processes.size - 1))
+def _take_mean(self:NoiseScale, weight):
+    "The mean gradient is there, but for its `weight`: what is known of this step is complete"
+    self._collecting = False
+    synchronize(self.learn.loss.device)
+    start = time.perf_counter()
+    mean = self._sq_norms([p.grad for p in self._meter.params])*weight**2 if self._k else None
+    self._parts.append((self._A, mean, self._k, self._n, self._n**2, float(self._loss_sum)))
+    complete = len(self._parts) == self._n_parts
+    if complete: self._complete()
+    took = self._took + time.perf_counter() - start
+    self._cost = took*self._n_parts
+    self._spend(took)
+    if complete: self._wait = math.ceil(self._processes.gather(self._time_to_wait())[0])
 
 @patch
 def _complete(self:NoiseScale):
     "A measurement: the mean over the steps, of the sums over the processes"
     As,means,*numbers = zip(*self._parts)
-    self._parts = []
+    self._parts,self._since = [],0
+    shape = (1 + self._meter.metric.adaptive, len(self._meter.params))
+    whole = all(m is not None and m.shape == shape for m in means)  # the optimizer may have a metric only now
     k,n,n2,loss = self._processes.sum(torch.tensor(numbers, dtype=torch.float64)).cpu().numpy()
-    A,means = self._processes.sum(torch.stack(As)).cpu().numpy(),torch.stack(means).cpu().numpy()
-    if (n2*self._processes.size != n**2).any(): return  # the mean over the processes is not the mean over the examples
-    with np.errstate(invalid='ignore'): parts = [noise_and_scale(A, C*n, n, k) for A,C,n,k in zip(A, means, n, k)]
+    A = torch.stack(As) if whole else torch.full((len(numbers[0]), *shape), math.nan, dtype=torch.float64, device=self._meter.params[0].device)
+    A = self._processes.sum(A).cpu().numpy()
+    if not whole or (n2*self._processes.size != n**2).any(): return  # the mean over the processes is not the mean over the examples
+    with np.errstate(invalid='ignore'): parts = [noise_and_scale(a, C*n, n, k) for a,C,n,k in zip(A, torch.stack(means).cpu().numpy(), n, k)]
     self._note(loss.sum()/n.sum(), Noise(*np.mean(parts, axis=0)))
 
 @patch

@@ -6,8 +6,8 @@ import numpy as np, pandas as pd, pytest, torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from sklearn.datasets import load_digits
-from fastai.basics import Callback, CancelTrainException, CrossEntropyLossFlat, DataLoader, DataLoaders, Learner, SGD, Adam, accuracy
-from fastai.callback.all import GradientClip, ProgressCallback
+from fastai.basics import Callback, CancelBatchException, CancelEpochException, CancelFitException, CancelStepException, CancelTrainException, CrossEntropyLossFlat, DataLoader, DataLoaders, Learner, SGD, Adam, accuracy
+from fastai.callback.all import GradientAccumulation, GradientClip, ProgressCallback
 from fastai_bs_finder.all import *
 from fastai_bs_finder.distributed import is_distributed, Processes
 from fastai_bs_finder.steps import mock_training, profile_steps
@@ -302,3 +302,98 @@ def test_torchrun(tmp_path, n=4):
     assert len(results) == n and len(set(results)) == 1
     assert out.stdout.count('The noise scale is') == 1 and f'bs={16*n} ({n} processes × 16)' in out.stdout
     assert (tmp_path/'bs_find.png').stat().st_size > 10_000
+
+
+class Raises(Callback):
+    "Raises something, in one process, when an event happens for the `nth` time"
+    order = 5
+    def __init__(self, event, what, nth=0): self.event,self.what,self.nth,self.seen = event,what,nth,0
+    def __call__(self, event_name):
+        if event_name == self.event:
+            self.seen += 1
+            if self.seen == self.nth + 1: raise self.what
+
+
+@pytest.mark.parametrize('event', ('before_fit', 'before_epoch', 'before_train'))
+def test_an_error_before_the_first_batch(event, tmp_path):
+    def f(learn, rank):
+        if rank: learn.add_cb(Raises(event, ZeroDivisionError('no luck')))
+        try: learn.bs_find(num_it=24, n_batch=3, show_plot=False, profile=False)
+        except Exception as e: said = str(e)
+        learn.remove_cb(Raises)
+        learn.bs_find(num_it=24, n_batch=3, show_plot=False, profile=False)
+        return said,learn.recorder.bs_stats.noise.tolist()
+    (first,noise),(second,noise_too) = run_processes(tmp_path, 2, lambda rank: together(rank, f))
+    assert 'Rank 1 of 2 failed' in first and 'no luck' in first and second == 'no luck' and noise == noise_too
+
+
+@pytest.mark.parametrize('what', (CancelBatchException, CancelTrainException, CancelEpochException, CancelFitException))
+def test_what_is_cancelled_in_one_process(what, tmp_path):
+    def f(learn, rank):
+        if rank: learn.add_cb(Raises('after_pred', what(), 10))
+        return find(learn, rank, num_it=80, n_batch=3)
+    ranks = run_processes(tmp_path, 2, lambda rank: together(rank, f))
+    assert repr(ranks[0][0]) == repr(ranks[1][0])
+    found = ranks[0][0]
+    assert found['attrs']['bs'] == 16 and len(found['stats']['batch']) == pytest.approx({CancelFitException: 1, CancelBatchException: 13}.get(what, 8), abs=1)  # of two epochs, of which one may have ended early
+
+
+def test_the_answer_where_processes_have_different_data(tmp_path):
+    ranks = run_processes(tmp_path, 2, lambda rank: by_hand(rank, (640, 48), num_it=60, n_batch=2, profile=30.))
+    assert repr(ranks[0][0]) == repr(ranks[1][0]) and not ranks[0][1] and not ranks[1][1]
+    assert len(ranks[0][0]['stats']['batch']) > 10
+
+
+def test_an_interrupt_during_the_profile(tmp_path):
+    def f(learn, rank):
+        if rank: learn.add_cb(Trouble('interrupt', 60))
+        try: return learn.bs_find(num_it=40, n_batch=4, show_plot=False, profile=30.)
+        except BaseException as e: return str(e) or type(e).__name__
+    first,second = run_processes(tmp_path, 2, lambda rank: together(rank, f))
+    assert 'Rank 1 of 2 failed' in first and 'KeyboardInterrupt' in first and second == 'KeyboardInterrupt'
+
+
+def test_batch_norm_of_each_process(tmp_path):
+    def f(rank):
+        learn = digits(shuffle=True)
+        learn.model = nn.Sequential(nn.Linear(64, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 10))
+        with learn.distrib_ctx(): return find(learn, rank, num_it=40, n_batch=4)  # with synchronized batch-norm, which needs a GPU
+    ranks = run_processes(tmp_path, 2, f)
+    assert repr(ranks[0]) == repr(ranks[1]) and not ranks[0][1] and ranks[0][2]
+
+
+def test_an_incomplete_batch_is_no_early_end(tmp_path):
+    def f(rank):
+        learn = digits()
+        learn.dls.train.bs,learn.dls.train.drop_last = 50,True
+        with learn.distrib_ctx(sync_bn=False): return find(learn, rank, n_batch=2)
+    found,*_ = run_processes(tmp_path, 2, f)[0]
+    assert found['attrs']['num_it'] == 6 and not found['attrs']['stopped']
+
+
+def test_a_step_that_one_process_leaves_out_does_not_hold_up_noise_scale(tmp_path):
+    def f(learn, rank):
+        if rank: learn.add_cb(Raises('before_step', CancelStepException(), 9))
+        learn.fit(1, cbs=NoiseScale(share=None))
+        return learn.recorder.noise_scale.noise_scale.tolist()
+    first,second = run_processes(tmp_path, 2, lambda rank: together(rank, f))
+    assert len(first) > 3 and len(first) == len(second)
+
+
+def test_noise_scale_with_another_accumulation_is_refused(tmp_path):
+    def f(learn, rank):
+        try: learn.fit(1, cbs=[NoiseScale(), GradientAccumulation(32)])
+        except ValueError as e: return str(e)
+    for said in run_processes(tmp_path, 2, lambda rank: together(rank, f)): assert 'use AccumulateGrads(32)' in said
+
+
+def test_set_bs_after_a_training_that_broke_off(tmp_path):
+    def f(learn, rank):
+        learn.add_cb(Raises('after_pred', ZeroDivisionError(), 3))
+        try: learn.fit(1)
+        except ZeroDivisionError: pass
+        learn.remove_cb(Raises)
+        learn.set_bs(64)
+        learn.fit(1)
+        return len(learn.recorder.losses),learn.dls.train.bs
+    assert run_processes(tmp_path, 2, lambda rank: together(rank, f)) == [(10, 32)]*2

@@ -10,6 +10,7 @@ from fastai.callback.fp16 import MixedPrecision
 
 from fastai_bs_finder.all import *
 from fastai_bs_finder.demo import digits_learner
+from fastai_bs_finder.geometry import _weighted_sq_norm
 from reference import flat_grad
 
 
@@ -198,3 +199,9 @@ def test_modules_add_up_and_frozen_ones_are_left_out():
     fig = learn.recorder.plot_bs_layers()
     assert [t.get_text() for t in fig.axes[0].get_yticklabels()] == ['2 (Linear)']
     with pytest.raises(ValueError, match='run learn.bs_find'): digits_learner().recorder.plot_bs_layers()
+
+
+@pytest.mark.parametrize('shape', ((), (4, 1), (4, 3)))
+def test_one_second_moment_for_several_weights(shape):
+    g,v = torch.randn(4, 3),torch.rand(shape) + .1
+    assert float(_weighted_sq_norm(g, v, .9, 1e-3)) == pytest.approx(float((g.square()/((v/.9).sqrt() + 1e-3)).sum()), rel=1e-5)
