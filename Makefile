@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help install demo test table notebooks short readme bench training clean
+.PHONY: help install demo test table notebooks short readme docs bench training clean
 
 help:
 	@echo "make demo       find the batch size of a small learner: ends in under a minute"
@@ -12,6 +12,7 @@ help:
 	@echo "make notebooks  execute every notebook afresh and keep its outputs"
 	@echo "make short      execute the notebooks with real trainings, shortened, into build/short; needs FASTAI_HOME"
 	@echo "make readme     make README.md from nbs/index.ipynb"
+	@echo "make docs       build the site of documentation into _docs"
 	@echo "make bench      measure speed and memory, and compare predictions with real training (some minutes)"
 	@echo "make training   run the real trainings that predictions are compared with (an hour); both need FASTAI_HOME"
 	@echo "make clean      remove what was built, .venv included"
@@ -48,6 +49,9 @@ short: install
 readme: install
 	$(BIN)/python nbs/readme.py
 
+docs: install
+	$(BIN)/python docs/build.py
+
 bench: install
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/memory.py
@@ -60,4 +64,4 @@ training: install
 	$(BIN)/python -W ignore benchmarks/training.py
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) _docs build dist *.egg-info

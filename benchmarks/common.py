@@ -1,12 +1,17 @@
 "The learner that the benchmarks measure, and what they print of the machine"
-import os, platform
+import os, platform, weakref
 from datetime import date
+from pathlib import Path
 
 import fastai, torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from fastai.basics import Adam, Callback, CancelValidException, CrossEntropyLossFlat, DataLoader, DataLoaders, Learner, set_seed
 from fastai.callback.progress import ProgressCallback
 from fastai.imports import noop
+
+here = Path(__file__).parent
 
 
 class NoValid(Callback):
@@ -34,6 +39,34 @@ def mlp_learner(n_it, widths=(784, 2048, 2048, 1024, 10), bs=64):
 
 
 def n_bytes(tensors): return sum(t.numel()*t.element_size() for t in tensors)
+
+
+class PeakBytes(TorchDispatchMode):
+    "Counts the bytes of all tensors made while it is active, and remembers the most that lived at once"
+    def __init__(self):
+        super().__init__()
+        self.live,self.now,self.peak = {},0,0
+
+    def _free(self, key): self.now -= self.live.pop(key)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        before = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        res = func(*args, **(kwargs or {}))
+        for t in tree_leaves(res):
+            if not isinstance(t, torch.Tensor): continue
+            storage = t.untyped_storage()
+            if storage._cdata in before or storage._cdata in self.live: continue
+            self.live[storage._cdata] = storage.nbytes()
+            self.now += storage.nbytes()
+            weakref.finalize(storage, self._free, storage._cdata)
+        self.peak = max(self.peak, self.now)
+        return res
+
+
+def peak(f):
+    "The most bytes that tensors made by `f` took at once"
+    with PeakBytes() as p: f()
+    return p.peak
 
 
 def machine():

@@ -29,13 +29,13 @@ class GrowBatch(_AsideCallback):
     "Raise the batch size during training as the noise scale grows: powers of two times the one at the start, seen in `learn.recorder.bs_changes`, `plot_noise_scale()` and a column of the progress table"
     order,run_valid = ParamScheduler.order + 1,False
     def __init__(self,
-        noise_scale:NoiseScale|None=None, # What measures; `None`: `NoiseScale()`
+        noise_scale:NoiseScale|None=None, # What measures; `None`: `NoiseScale(share=.1)`
         max_bs:int|None=None, # The largest batch size to grow to; `None`: the training set
         fits:int|None=None, # Number of examples that fit in memory, beyond which gradients are accumulated; `None`: the loader's batch size where the learner accumulates already, or what `max_bs` or `bs_find` found, if they were asked before
         lr_rule:str|None='noise', # How the learning rate follows: 'noise', by the noise scale (`scale_lr`), 'linear', 'sqrt', or `None`: not at all
         part:float=1., # Batch size to aim at, as a part of the noise scale
     ):
-        if noise_scale is None: noise_scale = NoiseScale()
+        if noise_scale is None: noise_scale = NoiseScale(share=.1)
         if not isinstance(noise_scale, NoiseScale): raise ValueError(f"noise_scale={noise_scale!r} is not a NoiseScale: give one, such as NoiseScale(every=50)")
         if lr_rule not in _rules: raise ValueError(f"lr_rule={lr_rule!r} is not one of {', '.join(map(repr, _rules))}")
         if max_bs is not None: _whole('max_bs', max_bs, 1)

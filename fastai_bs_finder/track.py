@@ -7,6 +7,7 @@ __all__ = ['NoiseScale']
 
 # %% ../nbs/14_track.ipynb #3616f7bb
 import math, time
+from itertools import chain
 from functools import partial
 from numbers import Real
 
@@ -37,13 +38,13 @@ class NoiseScale(_AsideCallback):
         every:int=1, # Number of training batches from one measurement to the next, at least
         n_batch:int=8, # Number of batches per measurement, 2 or more; where gradients are accumulated, a window is a measurement; where several processes train together, the batches of some steps
         beta:float=.9, # EMA factor over measurements, in [0, 1)
-        share:float|None=.1, # Part of the training time that measurements may take, in (0, 1]: they wait until there is time for them; `None`: as much as it takes
+        share:float|None=.05, # Part of the training time that measurements may take, in (0, 1]: they wait until there is time for them; `None`: as much as it takes
     ):
         _whole('every', every, 1)
         _whole('n_batch', n_batch, 2)
         NoiseAverage(beta)
         if share is not None and (not isinstance(share, Real) or isinstance(share, bool) or not 0 < share <= 1):
-            raise ValueError(f"share={share!r} is not a number in (0, 1]: give the part of the training time that measurements may take, 0.1 for example, or None for as much as it takes")
+            raise ValueError(f"share={share!r} is not a number in (0, 1]: give the part of the training time that measurements may take, 0.05 for example, or None for as much as it takes")
         self.every,self.n_batch,self.beta,self.share = every,n_batch,beta,share
         self._metric,self._rows,self._handles,self.seconds,self._trained,self._start = ValueMetric(self._latest, 'noise_scale'),[],[],0.,0.,None
         self.columns = [self._metric]
@@ -67,7 +68,7 @@ class NoiseScale(_AsideCallback):
         if len_or_none(self.dls.train) == 1 and not self._window and self._processes.size == 1: raise ValueError("An epoch is a single batch, and the noise scale takes two: train with smaller batches, or accumulate the gradients of several, AccumulateGrads")
         self._meter,self._left,self._adaptive = OptMeter(self.opt, self.beta),0,False
         self._steps,self._seen,self._since,self._collecting = 0,0,0,False
-        self._cost,self._parts,self._wait = None,[],self.every
+        self._cost,self._parts,self._wait,self._backward = None,[],self.every if self.share is None else max(self.every, self.n_batch),None
         self._publish()
 
     def tidy(self):
@@ -240,7 +241,7 @@ def _accumulates(self:NoiseScale):
 @patch
 def before_backward(self:NoiseScale):
     if not self._collects: return
-    bs,several = n_examples(self.learn),self._processes.size > 1
+    start,bs,several = time.perf_counter(),n_examples(self.learn),self._processes.size > 1
     if several: self._since += 1  # backward passes: as many in all processes
     if not self._accumulates or self._window.count == bs:
         n = math.ceil(self._window.n_acc/bs) if self._accumulates else 1
@@ -248,10 +249,13 @@ def before_backward(self:NoiseScale):
         if self._collecting:
             self._meter.begin(self._rows)
             self._A,self._k,self._n,self._loss_sum,self._took = 0.,0,0,0.,0.
-            if not self._parts: self._n_parts = math.ceil((self.n_batch - 1)/(n*self._processes.size - 1)) if several else 1
+            if not self._parts: self._n_parts,self._spent = math.ceil((self.n_batch - 1)/(n*self._processes.size - 1)) if several else 1,self.seconds
+    self._began = time.perf_counter()
     if not self._collecting: return
     self._grads = [None]*len(self._meter.params)
     self._handles = [p.register_hook(partial(self._grads.__setitem__, i)) for i,p in enumerate(self._meter.params) if p.requires_grad]
+    now = time.perf_counter()
+    self._took,self._began = self._took + now - start,now
 
 @patch
 def _sq_norms(self:NoiseScale, grads):
@@ -266,9 +270,14 @@ def _unhook(self:NoiseScale):
 
 @patch
 def after_backward(self:NoiseScale):
-    if not self._handles: return
-    self._unhook()
+    if not self._collects: return
     start,bs = time.perf_counter(),n_examples(self.learn)
+    seconds = start - self._began
+    if not self._handles:
+        self._backward = seconds if self._backward is None else .9*self._backward + .1*seconds
+        return
+    self._took += max(seconds - (self._backward or seconds), 0.)  # the hooks, and the gradients that they keep
+    self._unhook()
     grads,self._grads = self._grads,None
     if any(g is not None for g in grads):
         self._A = self._A + self._sq_norms(grads)*bs
@@ -289,12 +298,12 @@ def _take_mean(self:NoiseScale, weight):
     start = time.perf_counter()
     mean = self._sq_norms([p.grad for p in self._meter.params])*weight**2 if self._k else None
     self._parts.append((self._A, mean, self._k, self._n, self._n**2, float(self._loss_sum)))
-    complete = len(self._parts) == self._n_parts
-    if complete: self._complete()
-    took = self._took + time.perf_counter() - start
-    self._cost = took*self._n_parts
-    self._spend(took)
-    if complete: self._wait = math.ceil(self._processes.gather(self._time_to_wait())[0])
+    self._spend(self._took + time.perf_counter() - start)
+    if len(self._parts) < self._n_parts: return
+    start = time.perf_counter()
+    self._complete()
+    self._spend(time.perf_counter() - start)
+    self._cost = self.seconds - self._spent
 
 @patch
 def _complete(self:NoiseScale):
@@ -303,19 +312,20 @@ def _complete(self:NoiseScale):
     self._parts,self._since = [],0
     shape = (1 + self._meter.metric.adaptive, len(self._meter.params))
     whole = all(m is not None and m.shape == shape for m in means)  # the optimizer may have a metric only now
-    k,n,n2,loss = self._processes.sum(torch.tensor(numbers, dtype=torch.float64)).cpu().numpy()
-    A = torch.stack(As) if whole else torch.full((len(numbers[0]), *shape), math.nan, dtype=torch.float64, device=self._meter.params[0].device)
-    A = self._processes.sum(A).cpu().numpy()
+    A = torch.stack(As).cpu() if whole else torch.full((self._n_parts, *shape), math.nan, dtype=torch.float64)
+    sent = torch.cat([torch.tensor([self._time_to_wait(), *chain(*numbers)], dtype=torch.float64), A.flatten()])
+    wait,numbers,A = np.split(self._processes.sum(sent).cpu().numpy(), (1, 1 + 4*self._n_parts))
+    (k,n,n2,loss),self._wait = numbers.reshape(4, -1),math.ceil(wait[0]/self._processes.size)
     if not whole or (n2*self._processes.size != n**2).any(): return  # the mean over the processes is not the mean over the examples
-    with np.errstate(invalid='ignore'): parts = [noise_and_scale(a, C*n, n, k) for a,C,n,k in zip(A, torch.stack(means).cpu().numpy(), n, k)]
+    with np.errstate(invalid='ignore'): parts = [noise_and_scale(a, C*n, n, k) for a,C,n,k in zip(A.reshape(-1, *shape), torch.stack(means).cpu().numpy(), n, k)]
     self._note(loss.sum()/n.sum(), Noise(*np.mean(parts, axis=0)))
 
 @patch
 def _time_to_wait(self:NoiseScale):
-    "Number of batches until the next measurement may begin"
+    "Number of batches until the next measurement may begin, if it costs what the last ones did"
     if self.share is None: return self.every
-    seconds = self._train_seconds()
-    return max(self.every, ((self.seconds + self._cost)/self.share - seconds)*self.train_iter/seconds)
+    seconds,cost = self._train_seconds(),max(self._cost or 0., self.seconds - self._spent)
+    return max(self.every, ((self.seconds + cost)/self.share - seconds)*(self.train_iter + 1)/seconds)
 
 @patch
 def _note(self:NoiseScale, loss, parts=None):
