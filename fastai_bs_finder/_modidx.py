@@ -632,6 +632,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                          'fastai_bs_finder/track.py'),
                                         'fastai_bs_finder.track.NoiseScale._complete': ( 'track.html#noisescale._complete',
                                                                                          'fastai_bs_finder/track.py'),
+                                        'fastai_bs_finder.track.NoiseScale._cost': ( 'track.html#noisescale._cost',
+                                                                                     'fastai_bs_finder/track.py'),
                                         'fastai_bs_finder.track.NoiseScale._due': ( 'track.html#noisescale._due',
                                                                                     'fastai_bs_finder/track.py'),
                                         'fastai_bs_finder.track.NoiseScale._in_words': ( 'track.html#noisescale._in_words',
@@ -698,4 +700,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'fastai_bs_finder.track._TakeGradient.__init__': ( 'track.html#_takegradient.__init__',
                                                                                            'fastai_bs_finder/track.py'),
                                         'fastai_bs_finder.track._TakeGradient.after_backward': ( 'track.html#_takegradient.after_backward',
-                                                                                                 'fastai_bs_finder/track.py')}}}
+                                                                                                 'fastai_bs_finder/track.py'),
+                                        'fastai_bs_finder.track._no_garbage_collection': ( 'track.html#_no_garbage_collection',
+                                                                                           'fastai_bs_finder/track.py')}}}

@@ -6,10 +6,12 @@
 __all__ = ['NoiseScale']
 
 # %% ../nbs/14_track.ipynb #3616f7bb
-import math, time
+import gc, math, time
+from contextlib import contextmanager
 from itertools import chain
 from functools import partial
 from numbers import Real
+from statistics import median
 
 import numpy as np, pandas as pd, torch, matplotlib.pyplot as plt
 from fastcore.basics import patch
@@ -68,7 +70,7 @@ class NoiseScale(_AsideCallback):
         if len_or_none(self.dls.train) == 1 and not self._window and self._processes.size == 1: raise ValueError("An epoch is a single batch, and the noise scale takes two: train with smaller batches, or accumulate the gradients of several, AccumulateGrads")
         self._meter,self._left,self._adaptive = OptMeter(self.opt, self.beta),0,False
         self._steps,self._seen,self._since,self._collecting = 0,0,0,False
-        self._cost,self._parts,self._wait,self._backward = None,[],self.every if self.share is None else max(self.every, self.n_batch),None
+        self._costs,self._parts,self._wait,self._backward = [],[],self.every if self.share is None else max(self.every, self.n_batch),None
         self._publish()
 
     def tidy(self):
@@ -134,6 +136,20 @@ def _spend(self:NoiseScale, seconds):
     self.seconds += seconds
     self._paused += seconds
 
+@patch(as_prop=True)
+def _cost(self:NoiseScale):
+    "Seconds of a measurement, as the last ones took, but for one that something held up"
+    return median(self._costs[-5:]) if self._costs else None
+
+@contextmanager
+def _no_garbage_collection():
+    "The many small objects of a snapshot set off full collections, which take ten times as long as a measurement"
+    collects = gc.isenabled()
+    gc.disable()
+    try: yield
+    finally:
+        if collects: gc.enable()
+
 @patch
 def _due(self:NoiseScale, batches, cost):
     return not self._off and batches >= self.every and (self.share is None or self.seconds + cost <= self.share*self._train_seconds())
@@ -147,9 +163,9 @@ def after_batch(self:NoiseScale):
     if not self._due(self._since, cost): return
     synchronize(self.learn.loss.device)
     start = time.perf_counter()
-    self._measure()
-    self._cost = time.perf_counter() - start
-    self._spend(self._cost)
+    with _no_garbage_collection(): self._measure()
+    self._spend(took := time.perf_counter() - start)
+    self._costs.append(took)
 
 @patch
 def after_step(self:NoiseScale): self._steps += 1
@@ -303,7 +319,7 @@ def _take_mean(self:NoiseScale, weight):
     start = time.perf_counter()
     self._complete()
     self._spend(time.perf_counter() - start)
-    self._cost = self.seconds - self._spent
+    self._costs.append(self.seconds - self._spent)
 
 @patch
 def _complete(self:NoiseScale):

@@ -1,5 +1,5 @@
 "`NoiseScale` leaves no trace in a training, tells the truth, costs what it may, and is seen where people look"
-import csv, math, time
+import csv, gc, math, time
 from functools import partial
 
 import numpy as np, pandas as pd, pytest, torch
@@ -241,6 +241,38 @@ def test_cost(share, window, monkeypatch):
     assert s.attrs['train_seconds'] == pytest.approx(10*len(learn.dls.train))
     if window: assert len(s) > 60
     else: assert .6*share - .02 < s.attrs['seconds']/s.attrs['train_seconds'] <= share and len(s) == s.attrs['seconds']/(6 + cb.n_batch)
+
+
+def test_after_a_measurement_that_was_held_up(monkeypatch):
+    "Those after it come one by one again: none is kept back for a second one as slow, to follow all at once"
+    now,n = [0.],[0]
+    monkeypatch.setattr(track.time, 'perf_counter', lambda: now[0])
+    class Tick(Callback):
+        order,run_valid = -50,False
+        def after_pred(self): now[0] += 1
+    measure = NoiseScale._measure
+    def slow(self):
+        n[0] += 1
+        now[0] += 100*(n[0] == 3)
+        measure(self)
+    monkeypatch.setattr(NoiseScale, '_measure', slow)
+    learn = quiet_fit(dropout_and_batch_norm(), 30, [NoiseScale(share=.25), Tick()])
+    batches = learn.recorder.noise_scale.batch
+    assert len(batches) > 10 and np.diff(batches[3:]).min() > 8*3 and np.diff(batches)[2] > 100*3
+
+
+@pytest.mark.parametrize('users', (True, False))
+def test_no_garbage_collection_within_a_measurement(users):
+    seen = []
+    class Look(Callback):
+        def before_batch(self):
+            seen.append((len(seen) and gc.isenabled()))
+            if len(seen) == 40: raise KeyboardInterrupt
+    if not users: gc.disable()
+    try:
+        with pytest.raises(KeyboardInterrupt): quiet_fit(dropout_and_batch_norm(), 3, [often(), Look()])
+        assert gc.isenabled() == users and set(seen[1:]) == {False, users}
+    finally: gc.enable()
 
 
 def test_every():
