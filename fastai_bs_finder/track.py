@@ -52,7 +52,7 @@ class NoiseScale(_AsideCallback):
         self.columns = [self._metric]
         self._release()
 
-    def _release(self): self._meter,self._source,self._batches,self._rng,self._grads,self._A = None,None,None,None,None,None
+    def _release(self): self._meter,self._source,self._batches,self._rng,self._grads,self._A,self._began = None,None,None,None,None,None,None
 
     def _latest(self):
         last = noise_in_use(pd.DataFrame(self._rows[-1:])).iloc[0] if self._rows and self._meter else None
@@ -286,9 +286,9 @@ def _unhook(self:NoiseScale):
 
 @patch
 def after_backward(self:NoiseScale):
-    if not self._collects: return
+    if self._began is None: return
     start,bs = time.perf_counter(),n_examples(self.learn)
-    seconds = start - self._began
+    seconds,self._began = start - self._began,None
     if not self._handles:
         self._backward = seconds if self._backward is None else .9*self._backward + .1*seconds
         return
