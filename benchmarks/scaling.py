@@ -1,0 +1,151 @@
+"Time and peak memory of bs_find against the number of parameters and of batches in a measurement, beside storing the gradients: writes scaling.md"
+import argparse, math, time
+from functools import partial
+from statistics import median
+
+import pandas as pd, psutil, torch
+from fastai.basics import Callback, CancelBatchException
+from fastai.callback.training import ShortEpochCallback
+
+import fastai_bs_finder.finder
+from common import here, machine, mlp_learner, n_bytes, peak
+
+sizes,n_batches,bs,lr = (100_000, 1_000_000, 10_000_000, 50_000_000),(2, 20, 100, 500),16,1e-3
+
+
+def few(learn): learn.fit(1, lr, cbs=ShortEpochCallback())
+
+
+def learner(n, n_it, bs=bs):
+    "An MLP of about `n` parameters, with three hidden layers of the same width"
+    w = round((-796 + (796**2 + 8*n)**.5)/4)
+    learn = mlp_learner(n_it, (784, w, w, w, 10), bs)
+    few(learn)  # so that the optimizer's state exists
+    return learn
+
+
+class StoreGrads(Callback):
+    "Flattens and stores the gradients of `n_batch` batches at the same weights, and takes the paper's appendix A.1 of them; then one step"
+    run_valid = False
+    def __init__(self, n_batch): self.n_batch,self.found = n_batch,[]
+    def before_fit(self): self.stored = []
+    def after_backward(self):
+        self.stored.append(torch.cat([p.grad.flatten() for p in self.model.parameters()]))
+        if len(self.stored) < self.n_batch:
+            self.opt.zero_grad()
+            raise CancelBatchException
+        b,B = len(self.yb[0]),len(self.yb[0])*self.n_batch
+        small,big = sum(g.square().sum() for g in self.stored)/self.n_batch,(sum(self.stored)/self.n_batch).square().sum()
+        self.found.append((((small - big)/(1/b - 1/B)).item(), ((B*big - b*small)/(B - b)).item()))
+        self.stored = []
+
+
+def floor(learn):
+    "Forward and backward alone, in a plain loop"
+    for x,y in learn.dls.train:
+        learn.loss_func(learn.model(x), y).backward()
+        for p in learn.model.parameters(): p.grad = None
+
+
+def storing(learn, n_batch): learn.fit(1, lr, cbs=StoreGrads(n_batch))
+def finding(learn, n_batch, n_train=0): learn.bs_find(lr, None, n_batch, n_train=n_train, show_plot=False, profile=False)
+
+
+def seconds(f):
+    start = time.perf_counter()
+    f()
+    return time.perf_counter() - start
+
+
+def ratios(learn, ways, rounds):
+    "Seconds of a plain fit, and the time of each way relative to it: medians of rounds in which each runs once"
+    ways = {'fit': partial(learn.fit, 1, lr), 'forward and backward': partial(floor, learn)} | ways
+    took = pd.DataFrame([{way: seconds(f) for way,f in ways.items()} for _ in range(rounds)])
+    return took.fit.median(),took.div(took.fit, axis=0).drop(columns='fit').median()
+
+
+def beyond_fit(n, n_batch, most):
+    "Peak bytes in units of the gradients' size, less those of a plain fit: of `bs_find`, and of storing, or what it would need"
+    learn = learner(n, 2*n_batch, 1)
+    params = list(learn.model.parameters())
+    grads = n_bytes(params)
+    def more(f):
+        for p in params: p.grad = None
+        return peak(f)/grads
+    fit,needs = more(partial(few, learn)),n_batch*grads
+    stored = f'needs {needs/1e9:.0f} GB' if needs > psutil.virtual_memory().available/3 else more(partial(storing, learn, n_batch)) - fit
+    found = math.nan if n*n_batch > most else more(partial(finding, learn, n_batch)) - fit
+    return dict(parameters=n, n_batch=n_batch, bs_find=found, storing=stored)
+
+
+def millions(n): return f'{n/1e6:g} million'
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__)
+    p.add_argument('--rounds', type=int, default=2, help='rounds in which every way runs once')
+    p.add_argument('--most', type=float, default=2e9, help='parameters times n_batch of a run that counts the memory of bs_find, at most')
+    args = p.parse_args()
+    def show(df): return df.map(lambda v: v if isinstance(v, str) else 'not run' if math.isnan(v) else f'{v:.2f}' if v < 10 else f'{v:.0f}').to_markdown(disable_numparse=True)
+
+    by_size = {}
+    for n in sizes:
+        n_it = 40 if n < 1e7 else 20
+        learn = learner(n, n_it)
+        ways = {'bs_find()': partial(finding, learn, 10, None), 'bs_find(n_train=0)': partial(finding, learn, 10), 'storing': partial(storing, learn, 10)}
+        fit,r = ratios(learn, ways, args.rounds)
+        by_size[millions(n)] = dict(fit=f'{fit/n_it*1e3:.3g} ms') | r.to_dict()
+        print(n, by_size[millions(n)], flush=True)
+    learn = learner(10**6, max(n_batches))
+    _,r = ratios(learn, {(way, k): partial(f, learn, k) for k in n_batches for way,f in (('bs_find(n_train=0)', finding), ('storing', storing))}, args.rounds)
+    by_k = pd.DataFrame({k: {way: r[way, k] for way in ('bs_find(n_train=0)', 'storing')} for k in n_batches}).T.rename_axis('n_batch')
+    print(by_k, flush=True)
+    del learn
+    rows = []
+    for n in sizes:
+        for k in n_batches:
+            rows.append(beyond_fit(n, k, args.most))
+            print(rows[-1], flush=True)
+    by_size,memory = pd.DataFrame(by_size).T.rename_axis('parameters'),pd.DataFrame(rows)
+    tables = {way: memory.pivot(index='parameters', columns='n_batch', values=way).rename(index=millions) for way in ('bs_find', 'storing')}
+    ran = memory[memory.storing.map(lambda v: not isinstance(v, str))]
+    less = ran[ran.storing < ran.bs_find]
+    quicker = by_k.index[by_k.storing < by_k['bs_find(n_train=0)']]
+    ours,theirs = by_size['bs_find(n_train=0)'].astype(float),by_size.storing.astype(float)
+    (here/'scaling.md').write_text(f"""# Time and memory, by the size of the model and of a measurement
+
+{machine()}. Made by `benchmarks/scaling.py`: MLPs with Adam, batches of {bs} random examples. Small batches are the hard case: what is done with a gradient costs the same at any batch size, and here forward and backward hide little of it.
+
+Compared are a plain `fit`, forward and backward alone (no optimizer, no fastai: the floor), `bs_find`, and **storing**: each gradient is flattened and stored, and the paper's equations are taken of all that a measurement has. Finders are often written that way. Like `bs_find(n_train=0)`, storing here takes one step per measurement; the finders
+step after every batch, which takes longer. `bs_find` is without its profile, which takes a fifth of its time on top by default.
+
+## Time, relative to fit
+
+With `n_batch=10`, and an epoch of 40 batches (20 from 10 million parameters on); `fit` is per batch, the rest is in units of it. Medians of {args.rounds} rounds in turn. `bs_find` includes the copy of weights and optimizer state that it makes, and putting everything back.
+
+{show(by_size)}
+
+With 1 million parameters, and {max(n_batches)} batches:
+
+{show(by_k)}
+
+- `bs_find(n_train=0)` takes {ours.min():.2f} to {ours.max():.2f} of the time of `fit`, storing {theirs.min():.2f} to {theirs.max():.2f}. Both can be faster than training since a measurement takes a single step.
+- Storing is the quicker one at {', '.join(by_size.index[theirs < ours]) or 'none of these sizes'} of parameters, and with 1 million at n_batch={', '.join(map(str, quicker)) or 'none of these'}. What `bs_find` does on top: the noise scale in Adam's own metric, that of every parameter, checks for what is not finite, the copy and putting back. What does not depend on the number of batches weighs most in the runs of the smallest model, where all batches of a `fit` take {40*float(by_size.fit.iloc[0].split()[0]):.0f} ms.
+- The floor is {by_size['forward and backward'].astype(float).min():.2f} to {by_size['forward and backward'].astype(float).max():.2f} of `fit`.
+
+## Peak memory beyond that of fit, in units of the gradients' size
+
+Counted byte by byte, with batches of one example. For `bs_find`, {(memory.bs_find - 3).min():.2f} to {(memory.bs_find - 3).max():.2f} gradients and the copy of weights and Adam's state, which is 3:
+
+{show(tables['bs_find'])}
+
+Storing, which copies nothing and puts nothing back. What takes more than a third of the memory that is free on this machine was not run; what the stored gradients alone need is computed instead:
+
+{show(tables['storing'])}
+
+- For `bs_find` the number of batches does not matter: from the smallest to the largest `n_batch`, as far as they were run (the larger ones would take minutes), the peak changes by at most {(memory.groupby('parameters').bs_find.max() - memory.groupby('parameters').bs_find.min()).max():.2f} gradients.
+- Storing takes less memory where `n_batch` is {', '.join(map(str, sorted(set(less.n_batch)))) or 'none of these'}{': `bs_find` pays for its copy there' if len(less) else ''}. At n_batch={max(n_batches)} and {millions(sizes[-1])} parameters it needs {max(n_batches)*sizes[-1]*4/1e9:.0f} GB.
+""")
+
+
+if __name__ == '__main__': main()
