@@ -205,7 +205,7 @@ def test_a_notebook_that_nobody_watches(env, tmp_path):
     assert len(value) == 1 and is_suggestion(value[0].data['text/plain'])
 
 
-@pytest.mark.xfail(strict=True, reason='a short run gives the timing of steps so little time that one pause of the machine uses it up')
+@pytest.mark.xfail(strict=False, reason='a short run gives the timing of steps so little time that one pause of the machine uses it up')
 def test_a_pause_of_the_machine_does_not_cost_the_answer(monkeypatch):
     monkeypatch.setattr(finder, 'estimate_memory', lambda *args: time.sleep(.3))
     assert digits_learner().bs_find(lr=.1, num_it=600, show_plot=False).fastest
