@@ -126,7 +126,9 @@ watch = """() => {
 }"""
 
 
-def is_answer(text): return text.startswith('The noise scale is') and text.count('noise scale') == 1
+def is_answer(text):
+    text = ' '.join(text.split())
+    return text.startswith('The noise scale is') and text.count('noise scale') == 1
 
 def is_suggestion(text): return re.fullmatch(r'SuggestedBS\(critical=\d+, fastest=(\d+|None)\)', text)
 
