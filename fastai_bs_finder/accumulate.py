@@ -11,7 +11,7 @@ import math
 import torch
 from torch.nn.parallel import DistributedDataParallel
 from fastcore.basics import patch
-from fastai.callback.core import Callback, CancelBatchException, CancelStepException
+from fastai.callback.core import Callback, CancelBatchException, CancelStepException, event
 from fastai.callback.training import GradientAccumulation
 from .steps import n_examples, _whole
 
@@ -37,12 +37,19 @@ class _TidyCallback(Callback):
         if learn is None and self._learn is not None: self.tidy()
         self._learn = learn
 
+    # fastai looks for all three on the learner, and then on its model, at every event and every assignment, which takes longer than what is done there
+    _xtra = None
+    def __getattr__(self, k):
+        if hasattr(event, k): raise AttributeError(k)
+        return super().__getattr__(k)
+    def __setattr__(self, name, value): (object.__setattr__ if name.startswith('_') else Callback.__setattr__)(self, name, value)
+
 # %% ../nbs/12_accumulate.ipynb #ce5f2fb4
 class _AsideCallback(_TidyCallback):
     "A tidy callback that stands aside while `lr_find`, `bs_find`, `max_bs`, `validate` or `get_preds` are at work"
     _run = True
     @property
-    def run(self): return self._run and not hasattr(self.learn, 'lr_finder') and not self.validates
+    def run(self): return self._run and 'lr_finder' not in vars(self.learn) and not self.validates
     @run.setter
     def run(self, on): self._run = on
 

@@ -20,7 +20,6 @@ from fastcore.foundation import L
 from fastai.callback import progress
 from fastai.callback.core import TrainEvalCallback, CancelBatchException, CancelFitException
 from fastai.callback.fp16 import MixedPrecision, NonNativeMixedPrecision
-from fastai.imports import noop
 from fastai.learner import Learner
 from fastai.torch_core import num_distrib
 from .distributed import by_itself, together, Processes
@@ -29,7 +28,7 @@ from .layers import layer_table
 from .memory import estimate_memory, _warm_up
 from .noise import GradSums, Noise, NoiseAverage
 from .steps import len_or_none, loss_scale, mock_training, n_examples, n_train_examples, profile_steps, set_gradients, LockStep, Passes, _check_empty, _check_model, _whole
-from .predict import bs_table
+from .predict import bs_table, _say
 from .suggest import bs_summary, critical, fastest
 
 # %% ../nbs/04_finder.ipynb #cc31e04e
@@ -307,7 +306,7 @@ def bs_find(self:Learner,
     n_train:int|None=None, # Number of ordinary training steps between measurements; `None`: as many as `n_batch`
     show_plot:bool=True, # Draw the picture?
     suggest_funcs:Callable|tuple=(critical, fastest), # Function or functions from `learn.recorder.bs_stats` to a batch size
-    profile:bool|float=True, # Time training steps at a few batch sizes, and see what fits in memory? A number is the share of the measurements' time to spend on it, at most; `True`: 0.2
+    profile:bool|float=True, # Time training steps at a few batch sizes, and see what fits in memory? A number is the share of the measurements' time to spend on it, at most; `True`: 0.2, or half a second
     *,
     step_every_batch:bool=False, # Step after every batch, as older tools do? Biased: for comparison only
     hessian:bool=False, # Measure the paper's full noise scale too, with Hessian-vector products? Takes some three times as long
@@ -337,7 +336,7 @@ def bs_find(self:Learner,
                 cb._first_loss = processes.agree(float(cb._first_loss), np.mean)
                 stats = processes.first(cb.stats)
                 stats.attrs.update(n=processes.first(processes.examples(n_train_examples(self))), lr_given=self.lr if lr is None else lr, suggested={})
-                if share and len(stats): _profile(self, stats, cb.step_seconds, share*(time.perf_counter() - start))
+                if share and len(stats): _profile(self, stats, cb.step_seconds, max(share*(time.perf_counter() - start), .5*(profile is True)))
         except BaseException:
             if bar and bar.last_v is not None: bar.on_interrupt()
             raise
@@ -345,8 +344,8 @@ def bs_find(self:Learner,
         if cb.error: raise cb.error
         self.recorder.bs_stats,self.recorder.bs_table = stats,bs_table(stats)
         self.recorder.bs_layers = layer_table(self.model, cb._meter.params, np.reshape(cb.parts, (-1, 2, len(cb._meter.params))), beta)
-        if stats.attrs.get('max_bs'): self.recorder.bs_fits = stats.attrs['max_bs']
+        if stats.attrs.get('max_bs'): self.recorder.bs_fits = processes.share(stats.attrs['max_bs'])
         for name,f in zip(names, funcs): stats.attrs['suggested'][name] = f(stats)
-    if processes.rank == 0 and self.logger is not noop: print(bs_summary(stats))
+    if processes.rank == 0: _say(self, bs_summary(stats))
     if processes.rank == 0 and show_plot and len(stats): self.recorder.plot_bs_find()
     return namedtuple('SuggestedBS', names)(**stats.attrs['suggested'])

@@ -245,5 +245,5 @@ def max_bs(self:Learner,
             res = _climb(self, meter, margin, most) if check else min(mem.max_bs(margin), most)
         if res < 1: raise torch.OutOfMemoryError(f"Not even one example fits: {mem}, of which margin={margin} is to be used. Free memory, raise margin, or train a smaller model")
         res = min(int(processes.agree(res))*processes.size, processes.agree(processes.examples(most)))
-    if hasattr(self, 'recorder'): self.recorder.bs_fits = res
+    if hasattr(self, 'recorder'): self.recorder.bs_fits = processes.share(res)  # in each: the next training may have fewer
     return res

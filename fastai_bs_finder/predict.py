@@ -9,8 +9,11 @@ __all__ = ['rel_steps', 'rel_examples', 'scale_lr', 'noise_in_use', 'noiseless_m
 # %% ../nbs/08_predict.ipynb #0405c6ad
 import math
 from numbers import Real
+from shutil import get_terminal_size
+from textwrap import fill
 
 import numpy as np, pandas as pd
+from fastai.imports import noop
 from .steps import StepTime
 
 # %% ../nbs/08_predict.ipynb #5b1fa812
@@ -159,3 +162,10 @@ class _BSTable(pd.DataFrame):
     def _repr_html_(self): return pd.DataFrame(self)._repr_html_() if self._plain() else self.shown()._repr_html_()
     def __repr__(self): return repr(pd.DataFrame(self)) if self._plain() else self.shown().to_string()
     def __reduce_ex__(self, protocol): return pd.DataFrame,(pd.DataFrame(self),)  # an exported learner does not need this package
+
+# %% ../nbs/08_predict.ipynb #1fdc66e0
+def _say(learn, text):
+    "Print a text, unless the learner's messages are turned off"
+    if learn.logger is noop: return
+    width = get_terminal_size().columns
+    for line in text.splitlines(): print(fill(line, width, break_long_words=False, break_on_hyphens=False))

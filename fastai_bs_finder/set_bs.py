@@ -11,11 +11,10 @@ from weakref import WeakKeyDictionary
 
 from fastcore.basics import patch
 from fastai.callback.training import GradientAccumulation
-from fastai.imports import noop
 from fastai.learner import Learner
 from .accumulate import AccumulateGrads, _TidyCallback
 from .distributed import Processes
-from .predict import _lr, _ratio
+from .predict import _lr, _ratio, _say
 from .steps import batch_size, len_or_none, n_train_examples, rebatch, _whole
 
 # %% ../nbs/13_set_bs.ipynb #3838f7b4
@@ -34,8 +33,9 @@ def micro_bs(
 def known_fits(
     learn:Learner, # The learner
 ) -> int|None: # Batch size; `None` where nobody asked
-    "The largest batch size that fits in memory, as `max_bs` or `bs_find`, the later of the two, found it"
-    return getattr(getattr(learn, 'recorder', None), 'bs_fits', None)
+    "The largest batch size that fits in memory, of all processes together, as `max_bs` or `bs_find`, the later of the two, found it"
+    fits = getattr(getattr(learn, 'recorder', None), 'bs_fits', None)
+    return fits and fits*Processes(learn).size
 
 # %% ../nbs/13_set_bs.ipynb #993bbf2b
 def _chosen(bs):
@@ -103,5 +103,5 @@ def set_bs(self:Learner,
         if o.stays: o.n_acc = own if micro < own else 1
         else: self.remove_cb(o)
     if micro < own and not any(isinstance(o, AccumulateGrads) for o in self.cbs): self.add_cb(AccumulateGrads(own))
-    if processes.rank == 0 and self.logger is not noop: print(_in_words(self, processes, bs, micro, before))
+    if processes.rank == 0: _say(self, _in_words(self, processes, bs, micro, before))
     return self

@@ -32,7 +32,7 @@ from fastai.callback.training import GradientAccumulation
 from fastai.data.load import DataLoader, _FakeLoader
 from fastai.learner import AvgSmoothLoss, Learner
 from fastai.torch_core import find_bs, item_find, num_distrib, to_detach
-from .distributed import add_up, before_broadcast, is_distributed, trainers, ProcessError, Processes
+from .distributed import add_up, _before_broadcast, is_distributed, trainers, ProcessError, Processes
 from .noise import GradSums
 from .snapshot import no_footprint
 
@@ -70,7 +70,7 @@ def mock_training(
         try:
             if is_distributed(learn): _alone_until_they_meet(learn)
             with learn.no_logging(): yield
-        finally: before_broadcast.clear()
+        finally: _before_broadcast.clear()
 
 # %% ../nbs/06_steps.ipynb #1d233775
 def _whole(name, x, least):
@@ -185,14 +185,14 @@ class LockStep(Callback):
     run_valid,processes = False,Processes()
     def before_fit(self):
         self.processes,self._over,self._epoch_over = Processes(self.learn),False,False
-        before_broadcast[:] = [self.meet]*(self.processes.size > 1)
+        _before_broadcast[:] = [self.meet]*(self.processes.size > 1)
     def before_train(self): self._epoch_over = False
     def before_validate(self): raise CancelValidException
     def after_train(self):
         if self.processes.size > 1 and not self._epoch_over: self.meet('epoch')
     def after_cancel_epoch(self): self.after_train()
     def after_fit(self):
-        before_broadcast.clear()
+        _before_broadcast.clear()
         if isinstance(self.model, DistributedDataParallel): self.model.require_backward_grad_sync = self.model.require_forward_param_sync = True
         if self.processes.size == 1 or self._over: return
         try: self.meet('fit')

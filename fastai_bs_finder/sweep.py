@@ -27,7 +27,7 @@ from .distributed import is_distributed
 from .finder import _check_learner, _check_lr, _check_opt
 from .geometry import OptMetric
 from .plot import _show_once
-from .predict import mean_noise_scale, rel_steps, scale_lr, sizes_between, _lr, _num, _ratio
+from .predict import mean_noise_scale, rel_steps, scale_lr, sizes_between, _lr, _num, _ratio, _say
 from .set_bs import check_settable, examples_per_step, known_fits, micro_bs
 from .snapshot import Snapshot, training_tensors
 from .steps import StepTime, batch_size, len_or_none, mock_training, n_examples, n_train_examples, out_of_memory, rebatch, run_steps, second_loader, synchronize, Passes, _check_empty, _whole
@@ -409,7 +409,7 @@ def bs_sweep(self:Learner,
         sweep.publish()
         if bar and bar.last_v is not None: bar.on_interrupt() if interrupted else bar.on_iter_end()
     stats = sweep.stats
-    if self.logger is not noop: print(sweep_summary(stats, interrupted))
+    _say(self, sweep_summary(stats, interrupted))
     if show_plot and len(stats): self.recorder.plot_bs_sweep()
     return stats
 

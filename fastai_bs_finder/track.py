@@ -20,7 +20,6 @@ from fastai.callback.core import (Callback, CancelBackwardException, CancelBatch
                                   TrainEvalCallback)
 from fastai.callback.schedule import ParamScheduler
 from fastai.callback.training import GradientAccumulation
-from fastai.imports import noop
 from fastai.learner import Recorder, ValueMetric
 from fastai.torch_core import set_seed
 from .accumulate import AccumulateGrads, _AsideCallback
@@ -28,7 +27,7 @@ from .distributed import Processes
 from .geometry import OptMeter, _columns
 from .noise import noise_and_scale, sq_norms, Noise, NoiseAverage
 from .plot import _plot_noise, _show_once
-from .predict import noise_in_use, _num
+from .predict import noise_in_use, _num, _say
 from .snapshot import Snapshot, training_tensors, _CtrlC, _global_state
 from .steps import batch_size, len_or_none, loss_scale, out_of_memory, n_examples, second_loader, synchronize, _whole
 
@@ -40,7 +39,7 @@ class NoiseScale(_AsideCallback):
         every:int=1, # Number of training batches from one measurement to the next, at least
         n_batch:int=8, # Number of batches per measurement, 2 or more; where gradients are accumulated, a window is a measurement; where several processes train together, the batches of some steps
         beta:float=.9, # EMA factor over measurements, in [0, 1)
-        share:float|None=.05, # Part of the training time that measurements may take, in (0, 1]: they wait until there is time for them; `None`: as much as it takes
+        share:float|None=.04, # Part of the training time that measurements may take, in (0, 1]: they wait until there is time for them; `None`: as much as it takes
     ):
         _whole('every', every, 1)
         _whole('n_batch', n_batch, 2)
@@ -70,7 +69,7 @@ class NoiseScale(_AsideCallback):
         if len_or_none(self.dls.train) == 1 and not self._window and self._processes.size == 1: raise ValueError("An epoch is a single batch, and the noise scale takes two: train with smaller batches, or accumulate the gradients of several, AccumulateGrads")
         self._meter,self._left,self._adaptive = OptMeter(self.opt, self.beta),0,False
         self._steps,self._seen,self._since,self._collecting = 0,0,0,False
-        self._costs,self._parts,self._wait,self._backward = [],[],self.every if self.share is None else max(self.every, self.n_batch),None
+        self._costs,self._parts,self._wait,self._plain = [],[],self.every if self.share is None else max(self.every, self.n_batch),None
         self._publish()
 
     def tidy(self):
@@ -85,7 +84,7 @@ class NoiseScale(_AsideCallback):
     def after_fit(self):
         measured = self._meter is not None and len(self._rows) > 0
         self.tidy()
-        if measured and self.learn.logger is not noop: print(self._in_words())
+        if measured: _say(self.learn, self._in_words())
 
 # %% ../nbs/14_track.ipynb #49c3413a
 @patch(as_prop=True)
@@ -290,9 +289,9 @@ def after_backward(self:NoiseScale):
     start,bs = time.perf_counter(),n_examples(self.learn)
     seconds,self._began = start - self._began,None
     if not self._handles:
-        self._backward = seconds if self._backward is None else .9*self._backward + .1*seconds
+        self._plain = seconds if self._plain is None else .9*self._plain + .1*seconds
         return
-    self._took += max(seconds - (self._backward or seconds), 0.)  # the hooks, and the gradients that they keep
+    self._took += max(seconds - (self._plain or seconds), 0.)  # the hooks, and the gradients that they keep
     self._unhook()
     grads,self._grads = self._grads,None
     if any(g is not None for g in grads):

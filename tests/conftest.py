@@ -40,6 +40,10 @@ def fastai_data(monkeypatch):
     return get
 
 
+@pytest.fixture(autouse=True)
+def wide(monkeypatch): monkeypatch.setenv('COLUMNS', '10000')  # what is printed is not broken into lines
+
+
 def pytest_runtest_setup(item):
     if item.get_closest_marker('cuda') and not torch.cuda.is_available(): pytest.skip('needs a GPU')
 

@@ -1,5 +1,5 @@
 "Several processes: the same figures as one, nobody waits for ever, and nothing is left behind"
-import json, os, random, signal, subprocess, sys
+import json, os, random, re, signal, socket, subprocess, sys, textwrap
 from pathlib import Path
 
 import numpy as np, pandas as pd, pytest, torch
@@ -10,6 +10,7 @@ from fastai.basics import Callback, CancelBatchException, CancelEpochException, 
 from fastai.callback.all import GradientAccumulation, GradientClip, ProgressCallback
 from fastai_bs_finder.all import *
 from fastai_bs_finder.distributed import is_distributed, Processes
+from fastai_bs_finder.set_bs import known_fits
 from fastai_bs_finder.steps import mock_training, profile_steps
 import footprint
 from processes import printed, run_processes
@@ -270,6 +271,19 @@ def test_set_bs(tmp_path):
     assert not printed(tmp_path, 1)
 
 
+def test_what_fits_is_remembered_for_each_process(tmp_path):
+    def f(rank):
+        learn = digits()
+        with learn.distrib_ctx(sync_bn=False):
+            res = [learn.max_bs(), known_fits(learn)]
+            learn.recorder.bs_fits = 16
+            learn.set_bs(64)
+            res.append(learn.dls.train.bs)
+        learn.set_bs(64)  # this process alone
+        return res + [learn.dls.train.bs]
+    assert run_processes(tmp_path, 2, f) == [[n, n, 16, 16]]*2
+
+
 def test_accumulated_like_a_large_batch(tmp_path):
     def run(accumulate):
         learn = digits()
@@ -290,18 +304,44 @@ def test_what_works_in_a_single_process_says_so(tmp_path):
     for said in run_processes(tmp_path, 2, lambda rank: together(rank, f)): assert len(said) == 3 and all('single process' in s for s in said)
 
 
-def test_torchrun(tmp_path, n=4):
-    "The tutorial's script, started as it says; with 2 processes the tutorial itself runs it"
-    cells = json.loads((root/'nbs/24_distributed.ipynb').read_text())['cells']
-    script = next(''.join(c['source']).removeprefix('%%writefile train.py\n') for c in cells if ''.join(c['source']).startswith('%%writefile train.py'))
-    (tmp_path/'train.py').write_text(script + "\nPath(f'rank{rank_distrib()}.txt').write_text(repr([learn.recorder.bs_stats.noise_scale.tolist(), found, learn.dls.train.bs]))\n")
-    command = next(''.join(c['source']) for c in cells if ''.join(c['source']).startswith('!torchrun')).removeprefix('!').split(' 2>')[0].replace('_node 2', f'_node {n}')
-    env = os.environ | dict(ACCELERATE_USE_CPU='true', OMP_NUM_THREADS='1', PYTHONWARNINGS='ignore', MPLBACKEND='agg', PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-    out = subprocess.run(command, shell=True, cwd=tmp_path, env=env, text=True, capture_output=True, timeout=300)
-    assert out.returncode == 0, out.stderr
+tutorial = [''.join(c['source']) for c in json.loads((root/'nbs/24_distributed.ipynb').read_text())['cells']]
+script = next(c.removeprefix('%%writefile train.py\n') for c in tutorial if c.startswith('%%writefile train.py'))
+commands = dict(re.findall(r'^\| ([^|]+) \| `([^`]+)`', next(c for c in tutorial if c.startswith('## How to start it')), re.MULTILINE))
+_tell = "\nPath(f'rank{rank_distrib()}.txt').write_text(repr([learn.recorder.bs_stats.noise_scale.tolist(), found, learn.dls.train.bs]))\n"
+
+def start(folder, *lines):
+    "What commands that run at the same time print"
+    env = os.environ | dict(OMP_NUM_THREADS='1', PYTHONWARNINGS='ignore', MPLBACKEND='agg', PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    if not torch.cuda.is_available(): env['ACCELERATE_USE_CPU'] = 'true'
+    started = [subprocess.Popen(line, shell=True, cwd=folder, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for line in lines]
+    try: out = [p.communicate(timeout=300) for p in started]
+    finally:
+        for p in started: p.kill()
+    assert not any(p.returncode for p in started), out
+    return ''.join(o for o,_ in out)
+
+@pytest.mark.parametrize('where', commands)
+def test_how_to_start_it(where, tmp_path):
+    "Each command of the tutorial, on the CPU; with two processes"
+    (tmp_path/'train.py').write_text(script + _tell)
+    line,n = commands[where],2
+    if where == 'one machine with 4 GPUs': n = 4
+    elif where.startswith('two machines'):
+        with socket.socket() as s:
+            s.bind(('127.0.0.1', 0))
+            line = line.replace('FIRST_MACHINE:29500', f'127.0.0.1:{s.getsockname()[1]}').replace('_node 4', '_node 1')
+    elif line.startswith('accelerate'):
+        (tmp_path/'config.yaml').write_text('compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_CPU\nuse_cpu: true\nnum_machines: 1\nmachine_rank: 0\nnum_processes: 2\nmixed_precision: "no"\n')  # what `accelerate config` writes
+        line = line.replace('launch', 'launch --config_file config.yaml')
+    elif line.startswith('notebook_launcher'):
+        setup,train = (script + _tell).split('with learn.distrib_ctx')
+        body = textwrap.indent(f'with learn.distrib_ctx{train}', '    ')
+        (tmp_path/'train.py').write_text(f'{setup}\nfrom accelerate import notebook_launcher\ndef train():\n{body}\n{line}\n')
+        line = f'{sys.executable} train.py'
+    printed = start(tmp_path, *[line]*(2 if where.startswith('two machines') else 1))
     results = [f.read_text() for f in tmp_path.glob('rank*.txt')]
     assert len(results) == n and len(set(results)) == 1
-    assert out.stdout.count('The noise scale is') == 1 and f'bs={16*n} ({n} processes × 16)' in out.stdout
+    assert printed.count('The noise scale is') == 1 and f'bs={16*n} ({n} processes × 16)' in printed
     assert (tmp_path/'bs_find.png').stat().st_size > 10_000
 
 

@@ -1,5 +1,5 @@
 "`NoiseScale` leaves no trace in a training, tells the truth, costs what it may, and is seen where people look"
-import csv, gc, math, time
+import csv, gc, math, time, warnings
 from functools import partial
 
 import numpy as np, pandas as pd, pytest, torch
@@ -15,6 +15,7 @@ from fastai_bs_finder import track
 from fastai_bs_finder.accumulate import AccumulateGrads
 from fastai_bs_finder.demo import digits_learner
 from fastai_bs_finder.finder import *
+from fastai_bs_finder.grow import GrowBatch
 from fastai_bs_finder.predict import noise_in_use
 from fastai_bs_finder.steps import second_loader
 from fastai_bs_finder.track import NoiseScale
@@ -54,6 +55,13 @@ def assert_no_trace(make, fit, cb):
     assert len(learn.recorder.noise_scale) > 1 and [k for k in after if not same(after[k], without[k])] == []
     assert type(learn.cbs) == type(other.cbs) and len(learn.metrics) == len(other.metrics) and not any(p._backward_hooks for p in learn.model.parameters())
     return learn
+
+
+@pytest.mark.parametrize('cbs', ([NoiseScale(share=None)], [AccumulateGrads(40), NoiseScale(share=None)], [GrowBatch()]), ids=str)
+def test_no_warning(cbs):
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', UserWarning)  # fastai's, where an attribute has the name of one of the learner's
+        quiet_fit(digits_learner(), 1, cbs)
 
 
 @pytest.mark.parametrize('cbs', ([], [partial(MixUp)], [partial(GradientClip, .1)], [partial(GradientAccumulation, 32)], [partial(AccumulateGrads, 40)]), ids=str)
