@@ -13,7 +13,7 @@ help:
 	@echo "make short      execute the notebooks with real trainings, shortened, into build/short; needs FASTAI_HOME"
 	@echo "make readme     make README.md from nbs/index.ipynb"
 	@echo "make docs       build the site of documentation into _docs"
-	@echo "make bench      measure speed and memory, and compare predictions with real training (some minutes)"
+	@echo "make bench      measure accuracy, time and memory, and write the pages of results (half an hour)"
 	@echo "make training   run the real trainings that predictions are compared with (an hour); both need FASTAI_HOME"
 	@echo "make clean      remove what was built, .venv included"
 
@@ -53,11 +53,8 @@ docs: install
 	$(BIN)/python docs/build.py
 
 bench: install
-	$(BIN)/python benchmarks/overhead.py
-	$(BIN)/python benchmarks/memory.py
-	$(BIN)/python -W ignore benchmarks/prediction.py
-	$(BIN)/python -W ignore benchmarks/growing.py
-	$(BIN)/python -W ignore benchmarks/distributed.py
+	$(BIN)/python -m pip install -q lightning
+	for name in accuracy scaling overhead finders growing distributed prediction results; do $(BIN)/python -W ignore benchmarks/$$name.py || exit 1; done
 
 training: install
 	rm -f benchmarks/training.csv

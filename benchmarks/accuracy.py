@@ -11,7 +11,7 @@ from fastai.imports import noop
 import fastai_bs_finder.finder
 from fastai_bs_finder.demo import digits_learner
 from fastai_bs_finder.noise import ema_weights
-from common import here, machine
+from common import here, write_page
 
 num_it,bs,beta = 400,16,.9
 settings = {'SGD .01': (SGD, .01), 'SGD .05': (SGD, .05), 'SGD .1': (SGD, .1), 'SGD .3': (SGD, .3), 'Adam 1e-3': (Adam, 1e-3), 'Adam 3e-3': (Adam, 3e-3), 'Adam 1e-2': (Adam, 1e-2)}
@@ -138,9 +138,10 @@ def main():
     for q in ('negative', 'covered', 'no interval', 'no upper end'): summary[q] = summary[q].map('{:.0%}'.format).where(summary[q].notna(), '')
     summary.loc['stored gradients', ['covered', 'no interval', 'no upper end']] = ''
     summary = summary[['error', 'worst', 'bias', 'negative', 'covered', 'no interval', 'no upper end', 'error, truth at the end']]
-    (here/'accuracy.md').write_text(f"""# How near to the truth
-
-{machine()}. Made by `benchmarks/accuracy.py` from scikit-learn's digits: a 64-64-10 network, batches of {bs}, {num_it} batch gradients for every way, {args.seeds} seeds for each of {len(settings)} learning rates.
+    by_way = ', '.join('{:.2f} and {:.2f}'.format(e.error['stepping'][s], e.error['bs_find()'][s]) for s in worse)
+    loses = f"{', '.join(worse)} ({by_way})" if worse else ''
+    bf = per.error.unstack()['bs_find()']
+    write_page('accuracy', 'How near to the truth', f"""Made by `benchmarks/accuracy.py` from scikit-learn's digits: a 64-64-10 network, batches of {bs}, {num_it} batch gradients for every way, {args.seeds} seeds for each of {len(settings)} learning rates.
 
 The noise scale is the variance of the gradient over its squared norm, *at given weights*. For a network this small the truth can be computed from the gradient of every single example. Compared with it are
 
@@ -150,11 +151,17 @@ The noise scale is the variance of the gradient over its squared norm, *at given
 - **stepping**: 20 consecutive batches, each of which steps the optimizer. Older finders for fastai do this, and `bs_find(step_every_batch=True)` does it for comparison. It is kinder than they are: they take the last of the gradients for the small batch, this takes the mean over all of them;
 - **stepping pairs**: the same with 2 consecutive batches, `n_batch=2`.
 
-Each answer is the average at the end of a run. Measurements of pairs are ten times as many, and their averages run over as many batches of the training (`beta`). The truth is taken along each way's own training where it measures, and averaged with the same weights. For `bs_find()` that is at the very weights of each measurement, for the others every 20 batches.
+Each answer is the average at the end of a run. Measurements of pairs are ten times as many, and their averages run over as many batches of the training (`beta`). The truth is taken along each way's own training where it measures, and averaged with the same weights. For `bs_find()` that is at the very weights of each measurement, for the others every 20 batches.""",
+        [f"`bs_find()` is off by a factor of {all_.error['bs_find()']:.2f}, at worst by {bf.max():.2f} ({bf.idxmax()}). Its 95 % interval covers the truth in {all_.covered['bs_find()']:.0%} of the runs.",
+         f"Stored gradients are the same thing, written down differently: the largest relative difference in the noise or the scale of any single measurement was {differ:.0e}, which is rounding. What differs is [the memory](scaling.md).",
+         f"Stepping, as older finders do it, is off by {stepping.error:.1f} where it is positive, and negative in {stepping.negative:.0%} of the runs. Its interval does not know: it covers the truth in {stepping.covered:.0%} of the runs that have one.",
+         f"Pairs at the same weights: {all_.error['pairs']:.2f} against {all_.error['bs_find()']:.2f} for `bs_find()`. From k batches come k(k − 1)/2 products of two gradients: 1 from a pair, 45 from 10 batches."],
+        [loses and f"Stepping is nearer to the truth at {loses}, where the weights hardly move: it spends every batch on measuring.",
+         f"Measuring takes steps away. In {num_it} batches `bs_find()` makes little more than half the steps of a training, and gets less far: see the losses below. Its answer is for the training that it made.",
+         f"An average lags. The noise scale grows while it is measured. Against the truth at the very end, `bs_find()` is off by {all_.end['bs_find()']:.2f} rather than {all_.error['bs_find()']:.2f}."],
+        f"""## All learning rates together
 
-## In short
-
-All learning rates together. `error` is a factor: 1.2 means off by 20 %, up or down, as a root mean square of the logarithm; `worst` is that of the worst learning rate. `bias` is the geometric mean of answer over truth. Both leave out the answers that are negative, which are counted apart. `covered` is how often the 95 % interval contains the truth, among
+ `error` is a factor: 1.2 means off by 20 %, up or down, as a root mean square of the logarithm; `worst` is that of the worst learning rate. `bias` is the geometric mean of answer over truth. Both leave out the answers that are negative, which are counted apart. `covered` is how often the 95 % interval contains the truth, among
 the runs that have one.
 
 {summary.to_markdown(floatfmt='.2f')}
@@ -162,14 +169,6 @@ the runs that have one.
 ![Answers as multiples of the truth](accuracy.png)
 
 A point is a run, a triangle at the bottom a negative answer. What is above {30} is drawn there.
-
-- **`bs_find()`** is off by {all_.error['bs_find()']:.2f}, at worst by {per.error.unstack()['bs_find()'].max():.2f} ({per.error.unstack()['bs_find()'].idxmax()}). Its interval covers the truth in {all_.covered['bs_find()']:.0%} of the runs.
-- **Stored gradients** are the same thing, written down differently: the largest relative difference in the noise or the scale of any single measurement was {differ:.0e}, which is rounding. What differs is [the memory](scaling.md).
-- **Stepping** is off by {stepping.error:.1f} where it is positive, and negative in {stepping.negative:.0%} of the runs. Its interval does not know: it covers the truth in {stepping.covered:.0%} of the runs that have one. {'It is nearer to the truth than `bs_find()` at no learning rate.' if not worse else f"It is nearer to the truth than `bs_find()` at {', '.join(worse)} ({', '.join(f'''{e.error['stepping'][s]:.2f} and {e.error['bs_find()'][s]:.2f}''' for s in worse)}), for it spends every batch on measuring."}
-- **Pairs** at the same weights are {'nearer to the truth than' if all_.error['pairs'] < all_.error['bs_find()'] else 'as good as' if all_.error['pairs'] == all_.error['bs_find()'] else 'further from the truth than'} `bs_find()`: {all_.error['pairs']:.2f} and {all_.error['bs_find()']:.2f}. From k batches come k(k − 1)/2 products of two gradients: 1 from a pair, 45 from 10 batches.
-- **Measuring takes steps away.** In {num_it} batches `bs_find()` makes little more than half the steps of a training, and gets less far: see the losses below. Its answer is for the training that it made.
-- **An average lags.** The noise scale grows while it is measured. Against the truth at the very end, `bs_find()` is off by {all_.end['bs_find()']:.2f} rather than {all_.error['bs_find()']:.2f}.
-
 ## Truth and answer
 
 Medians over the seeds, in examples; the loss is that of the last measurement.

@@ -69,6 +69,19 @@ def peak(f):
     return p.peak
 
 
+def write_page(
+    name:str, # The page is `name`.md
+    title:str,
+    made:str, # How the figures were made
+    in_short:list, # What was found, a sentence or two each
+    loses:list, # Where something else does better
+    more:str='', # Tables, and what else there is
+):
+    "Write a page of results; `results.py` takes the first two of its sections along"
+    def items(lines): return '\n'.join(f'- {o}' for o in lines if o)
+    (here/f'{name}.md').write_text(f'# {title}\n\n{machine()}. {made}\n\n## In short\n\n{items(in_short)}\n\n## Where it loses\n\n{items(loses)}\n' + f'\n{more.strip()}\n'*bool(more))
+
+
 def machine():
     return (f'{date.today()}, {os.cpu_count()} cores ({platform.machine()}), Python {platform.python_version()}, torch {torch.__version__} with '
             f'{torch.get_num_threads()} threads, fastai {fastai.__version__}')

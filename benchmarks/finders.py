@@ -16,7 +16,7 @@ from fastai.imports import noop
 
 import fastai_bs_finder.memory
 from fastai_bs_finder.snapshot import Snapshot
-from common import NoValid, PeakBytes, here, machine
+from common import NoValid, PeakBytes, write_page
 
 cuda,n,start = torch.cuda.is_available(),2048,1024
 gpu_bytes,device = (2*2**30,'cuda') if cuda else (64*2**20,'cpu')
@@ -234,32 +234,30 @@ def main():
     quickest = df.loc[df.groupby('task', sort=False).seconds.idxmin()]
     nearest = df[df.fits == 'yes'].pipe(lambda d: d.loc[d.groupby('task', sort=False).of_largest.idxmax()])
     def winners(d): return '; '.join(f'{r.task}: {r.finder}' for r in d.itertuples())
-    lightning_said = (f"- Lightning's power mode gives a power of two, {share('Lightning, power')} of the largest, after {number('Lightning, power', 'ooms')} error(s); binsearch takes 5 % off what it finds and gives {share('Lightning, binsearch')}, after {number('Lightning, binsearch', 'ooms')}. "
-                      "Both save the model to a file and load it again.") if pl else "- Lightning is not installed here, so its finder was left out: `pip install lightning`."
+    lightning_said = (f"Lightning's power mode gives a power of two, {share('Lightning, power')} of the largest, after {number('Lightning, power', 'ooms')} error(s); binsearch takes 5 % off what it finds and gives {share('Lightning, binsearch')}, after {number('Lightning, binsearch', 'ooms')}. "
+                      "Both save the model to a file and load it again.") if pl else "Lightning is not installed here, so its finder was left out: `pip install lightning`."
     ran_out = ours[ours.ooms > 0].task.unique()
     off_line = f" It ran out at: {', '.join(ran_out)}. There the memory is no line in the batch size, or not all of a step is seen in small ones." if len(ran_out) else ''
     loops = '; '.join(f"{task}: " + ', '.join(f'{b:.0f}' for b in dict.fromkeys(d.largest)) for task,d in df.groupby('task', sort=False))
     where = (f"a GPU ({torch.cuda.get_device_name()}) of which {gpu_bytes/2**30:g} GiB were left" if cuda else
              f"**no GPU: one of {gpu_bytes/2**20:g} MiB is simulated** on the CPU. All tensors that a finder makes are counted, those on the host excepted, and an operation that goes beyond the limit raises CUDA's error. So the steps and the errors are those that a GPU would give, but for what "
              "its allocator loses to fragments; the seconds are not: a step takes longer here, and what comes of an error is cheaper")
-    (here/'finders.md').write_text(f"""# Finding what fits in memory
-
-{machine()}. Made by `benchmarks/finders.py` on {where}.
+    write_page('finders', 'Finding what fits in memory', f"""Made by `benchmarks/finders.py` on {where}.
 
 `learn.max_bs()` measures the memory of a few small steps, takes them for points on a line, and goes up it with real steps, each at most {fastai_bs_finder.memory._growth} times as large as the one before, until it is within 5 % of where the line ends. The others try, run out of memory, and try again. All train with `torch.optim.Adam`, with {n:,} examples in memory; the seconds are
-{f'medians of {args.rounds} rounds in turn' if args.rounds > 1 else 'of a single run'}. The true largest batch size is found by bisection with three real training steps, in the training loop that the finder belongs to: fastai, Lightning, and a plain loop for Accelerate do not take the same memory.
-
-`steps` are training steps that were begun, `examples` what went into them, `ooms` the times that memory ran out, `of_largest` the batch size found as a share of the largest that trains.
+{f'medians of {args.rounds} rounds in turn' if args.rounds > 1 else 'of a single run'}. The true largest batch size is found by bisection with three real training steps, in the training loop that the finder belongs to: fastai, Lightning, and a plain loop for Accelerate do not take the same memory.""",
+        [f"`max_bs()` ran out of memory {number('max_bs()', 'ooms')} times, the others {theirs.ooms.min():.0f} to {theirs.ooms.max():.0f} times.{off_line}",
+         f"It leaves a tenth of the memory free (`margin=.9`) and gives {share('max_bs()')} of the largest; `margin=1` gives {share('max_bs(margin=1)')}, with {number('max_bs(margin=1)', 'ooms')} errors.",
+         lightning_said,
+         f"Accelerate's `find_executable_batch_size` goes down from where it is told to start, by a tenth each time: {share(f'Accelerate, from {start}')} of the largest, after {number(f'Accelerate, from {start}', 'ooms')} errors. Started below the limit it keeps what it was given.",
+         f"The quickest: {winners(quickest)}."],
+        [f"Who wants the very largest does better with another one than `max_bs()`, or with `margin=1`. The nearest to the largest of those that fit: {winners(nearest)}.",
+         "Accelerate's is the simplest of all: it needs no loader that can be re-batched, and works for any function."],
+        f"""`steps` are training steps that were begun, `examples` what went into them, `ooms` the times that memory ran out, `of_largest` the batch size found as a share of the largest that trains.
 
 {df.to_markdown(index=False, floatfmt='.3g')}
 
-- `max_bs()` ran out of memory {number('max_bs()', 'ooms')} times, the others {theirs.ooms.min():.0f} to {theirs.ooms.max():.0f} times.{off_line}
-- It leaves a tenth of the memory free (`margin=.9`) and gives {share('max_bs()')} of the largest. **Who wants the very largest loses by that**, and does better with `margin=1`: {share('max_bs(margin=1)')}, with {number('max_bs(margin=1)', 'ooms')} errors.
-{lightning_said}
-- Accelerate's `find_executable_batch_size` goes down from where it is told to start, by a tenth each time: {share(f'Accelerate, from {start}')} of the largest, after {number(f'Accelerate, from {start}', 'ooms')} errors. Started below the limit it keeps what it was given. It is the simplest of all: it needs no loader that can be re-batched, and works for any function.
-- The loops differ, and with them what fits ({', '.join(dict.fromkeys('fastai' if 'max_bs' in f else f.split(',')[0].replace('Accelerate', 'plain') for f in finders))}, where they differ): {loops}. A share says how good a finder is, not how much a loop can hold.
-- The quickest: {winners(quickest)}.
-- The nearest to the largest of those that fit: {winners(nearest)}.
+The loops differ, and with them what fits ({', '.join(dict.fromkeys('fastai' if 'max_bs' in f else f.split(',')[0].replace('Accelerate', 'plain') for f in finders))}, where they differ): {loops}. A share says how good a finder is, not how much a loop can hold.
 """)
 
 

@@ -4,7 +4,7 @@ import argparse, math
 import numpy as np, pandas as pd
 
 from fastai_bs_finder.grow import GrowBatch
-from common import machine
+from common import write_page
 from tasks import tasks
 from training import best_runs, geomean, here, ToTargets
 
@@ -44,13 +44,14 @@ def main():
             d = df[df.way == way]
             sec = geomean(d.seconds)
             rows.append(dict(task=name, target=target, way=way, lr=d.lr.iloc[0], steps=geomean(d.steps), last_bs=geomean(d.last_bs), seconds=sec, fastest_seed=d.seconds.min(), slowest_seed=d.seconds.max(), of_best_constant=sec/of_best, of_start=sec/of_start))
-    (here/'growing.md').write_text(f"""# A batch size that grows
-
-{machine()}. Made by `benchmarks/growing.py`: training until the training loss on 2,000 fixed training examples is at the target, {len(seeds)} seeds, geometric means. Constant batch sizes train with the best learning rate of the grid in `training.csv`, `GrowBatch` with that of the
-batch size it starts from. Seconds are of training with measuring and without evaluation; `of_best_constant` and `of_start` are ratios of seconds.
-
-{pd.DataFrame(rows).to_markdown(index=False, floatfmt='.3g')}
-""")
+    df = pd.DataFrame(rows)
+    noise = df[df.way.str.contains("'noise'")]
+    def each(q): return ', '.join(f'{r[q]:.2g} ({r.task})' for _,r in noise.iterrows())
+    write_page('growing', 'A batch size that grows', f"""Made by `benchmarks/growing.py`: training until the training loss on 2,000 fixed training examples is at the target, {len(seeds)} seeds, geometric means. Constant batch sizes train with the best learning rate of the grid in `training.csv`, `GrowBatch` with that of the
+batch size it starts from. Seconds are of training with measuring and without evaluation; `of_best_constant` and `of_start` are ratios of seconds.""",
+        [f"Of the time of the constant batch size that it starts from, {start}, `GrowBatch()` takes {each('of_start')}."],
+        [f"Of the time of the best constant batch size it takes {each('of_best_constant')}. These trainings take seconds: it starts small, and needs some measurements first. `bs_find` asks before the training instead."],
+        df.to_markdown(index=False, floatfmt='.3g'))
 
 
 if __name__ == '__main__': main()

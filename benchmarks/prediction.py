@@ -5,9 +5,9 @@ import numpy as np, pandas as pd
 
 import fastai_bs_finder.finder
 from fastai_bs_finder.predict import noiseless_mean, rel_steps
-from common import machine
+from common import write_page
 from tasks import tasks
-from training import best_runs, bs0, geomean, here, seeds, step_seconds, train
+from training import best_runs, bs0, geomean, here, seeds, sizes, step_seconds, train
 
 
 def found(task, lr, steps, seed, **kwargs):
@@ -57,6 +57,7 @@ def time_to_target(task, target, bs, lr, seconds):
 def main():
     p = argparse.ArgumentParser(description=__doc__)
     p.add_argument('--tasks', nargs='*', default=list(tasks), help='their names')
+    p.add_argument('--seeds', type=int, default=1, help='mock trainings per target')
     args = p.parse_args()
     best = best_runs(pd.read_csv(here/'training.csv'))
     rows,errors,costs,choices = [],[],[],[]
@@ -66,7 +67,7 @@ def main():
         for target in task.targets:
             m = at.loc[target]
             lr0,ratios,noise,fast = float(m.lr[bs0]),[],{k: [] for k in ('', 'opt_', 'full_')},[]
-            for seed in seeds:
+            for seed in range(args.seeds):
                 learn,sug = found(task, lr0, m.steps[bs0], seed)
                 ratios.append(learn.recorder.bs_table)
                 fast.append(sug.fastest)
@@ -95,22 +96,23 @@ def main():
                 took = m.steps[f]*seconds[f] if f in reached else time_to_target(task, target, f, ratios[0].loc[f, 'lr'], seconds[f])
                 all_ = {b: m.steps[b]*seconds[b] for b in reached}
                 b = min(all_, key=all_.get)
-                choices.append(dict(task=name, target=target, fastest=f, seconds=took, best_measured=b, best_seconds=all_[b], ratio=took/all_[b]))
+                choices.append(dict(task=name, target=target, fastest=f, seconds=took, best_measured=b, best_seconds=all_[b], ratio=took/all_[b], in_use=all_[bs0]/all_[b]))
             print(e, choices[-1], flush=True)
     rows,errors,costs,choices = map(pd.DataFrame, (rows, errors, costs, choices))
     rows.to_csv(here/'prediction.csv', index=False, float_format='%.4g')
     def md(df): return df.to_markdown(index=False, floatfmt='.3g')
-    (here/'prediction.md').write_text(f"""# Predicted and measured
-
-{machine()}. Made by `benchmarks/prediction.py` from the real trainings in `training.csv` (`benchmarks/training.py`): at each batch size the best of a grid of learning rates by factors of 2, {len(seeds)} seeds,
+    worst,slowest = errors.loc[errors['steps, mean'].idxmax()],choices.loc[choices.ratio.idxmax()]
+    over = errors[errors['steps, mean'] > 1.5]
+    write_page('prediction', 'Predicted and measured', f"""Made by `benchmarks/prediction.py` from the real trainings in `training.csv` (`benchmarks/training.py`): at each batch size the best of a grid of learning rates by factors of 2, {len(seeds)} seeds,
 steps until the training loss on 2,000 fixed training examples is at the target. Times are those steps times the seconds of a step in real training, the least of four rounds of medians. Predictions are what `bs_find` says at bs={bs0}, with the best learning rate there and a mock
-training as long as the real one.
-
-## Relative to bs={bs0}
-
-{md(rows)}
-
-## Errors, as factors
+training as long as the real one, {args.seeds} seed{'s' if args.seeds > 1 else ''}.""",
+        [f"Steps to the same loss, predicted for batch sizes from {min(sizes)} to {max(sizes):,}, are off by factors of {errors['steps, mean'].min():.2f} to {errors['steps, mean'].max():.2f} (geometric means of a task), times by {errors['time, mean'].min():.2f} to {errors['time, mean'].max():.2f}. The largest single errors are {errors['steps, largest'].max():.1f} and {errors['time, largest'].max():.1f}.",
+         f"The batch size called `fastest` takes {choices.ratio.min():.2f} to {choices.ratio.max():.2f} of the time of the best that was measured, geometric mean {geomean(choices.ratio):.2f}; that of bs={bs0} takes {geomean(choices.in_use):.2f}.",
+         f"By default `bs_find` takes {costs.finder.min():.2f} to {costs.finder.max():.2f} of the time of an epoch."],
+        [f"It is the least certain with {worst.task} ({worst.target:g}): steps are off by {worst['steps, mean']:.2f}." + (f" More than 1.5: {', '.join(f'{r.task} ({r.target:g})' for r in over.itertuples())}." if len(over) else ''),
+         slowest.ratio > 1.1 and f"{slowest.fastest} is called fastest for {slowest.task} ({slowest.target:g}), which takes {slowest.ratio:.2f} of the time of {slowest.best_measured}.",
+         "Whoever has the time to train at every batch size knows more: `bs_sweep` does that."],
+        f"""## Errors, as factors
 
 Over the batch sizes other than {bs0}. The last three columns: the mean error in steps with each of the three noise scales.
 
@@ -118,13 +120,19 @@ Over the batch sizes other than {bs0}. The last three columns: the mean error in
 
 ## The fastest batch size
 
+`ratio` is the time at `fastest` over the best that was measured, `in_use` that of bs={bs0}.
+
 {md(choices)}
 
 ## What finding it costs
 
-`bs_find(lr)` as it is, one epoch of batches: the time of the finder in all and of its profile as shares of one epoch of training at bs={bs0}, and the profile's part of the finder.
+`bs_find(lr)` as it is, one epoch of batches: the time of the finder in all and of its profile as shares of one epoch of training at bs={bs0}, and the profile's part of the finder. Differences of two runs: their noise is in them.
 
 {md(costs)}
+
+## Relative to bs={bs0}
+
+{md(rows)}
 """)
 
 

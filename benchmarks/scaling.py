@@ -8,7 +8,7 @@ from fastai.basics import Callback, CancelBatchException
 from fastai.callback.training import ShortEpochCallback
 
 import fastai_bs_finder.finder
-from common import here, machine, mlp_learner, n_bytes, peak
+from common import here, mlp_learner, n_bytes, peak, write_page
 
 sizes,n_batches,bs,lr = (100_000, 1_000_000, 10_000_000, 50_000_000),(2, 20, 100, 500),16,1e-3
 
@@ -84,7 +84,7 @@ def millions(n): return f'{n/1e6:g} million'
 def main():
     p = argparse.ArgumentParser(description=__doc__)
     p.add_argument('--rounds', type=int, default=2, help='rounds in which every way runs once')
-    p.add_argument('--most', type=float, default=2e9, help='parameters times n_batch of a run that counts the memory of bs_find, at most')
+    p.add_argument('--most', type=float, default=1e9, help='parameters times n_batch of a run that counts the memory of bs_find, at most')
     args = p.parse_args()
     def show(df): return df.map(lambda v: v if isinstance(v, str) else 'not run' if math.isnan(v) else f'{v:.2f}' if v < 10 else f'{v:.0f}').to_markdown(disable_numparse=True)
 
@@ -112,14 +112,18 @@ def main():
     less = ran[ran.storing < ran.bs_find]
     quicker = by_k.index[by_k.storing < by_k['bs_find(n_train=0)']]
     ours,theirs = by_size['bs_find(n_train=0)'].astype(float),by_size.storing.astype(float)
-    (here/'scaling.md').write_text(f"""# Time and memory, by the size of the model and of a measurement
-
-{machine()}. Made by `benchmarks/scaling.py`: MLPs with Adam, batches of {bs} random examples. Small batches are the hard case: what is done with a gradient costs the same at any batch size, and here forward and backward hide little of it.
+    floor_ = by_size['forward and backward'].astype(float)
+    spread = (memory.groupby('parameters').bs_find.max() - memory.groupby('parameters').bs_find.min()).max()
+    write_page('scaling', 'Time and memory, by the size of the model and of a measurement', f"""Made by `benchmarks/scaling.py`: MLPs with Adam, batches of {bs} random examples. Small batches are the hard case: what is done with a gradient costs the same at any batch size, and here forward and backward hide little of it.
 
 Compared are a plain `fit`, forward and backward alone (no optimizer, no fastai: the floor), `bs_find`, and **storing**: each gradient is flattened and stored, and the paper's equations are taken of all that a measurement has. Finders are often written that way. Like `bs_find(n_train=0)`, storing here takes one step per measurement; the finders
-step after every batch, which takes longer. `bs_find` is without its profile, which takes a fifth of its time on top by default.
-
-## Time, relative to fit
+step after every batch, which takes longer. `bs_find` is without its profile, which takes a fifth of its time on top by default.""",
+        [f"`bs_find(n_train=0)` takes {ours.min():.2f} to {ours.max():.2f} of the time of `fit`, storing {theirs.min():.2f} to {theirs.max():.2f}, the floor {floor_.min():.2f} to {floor_.max():.2f}. Both can be faster than training since a measurement takes a single step.",
+         f"For the memory of `bs_find` the number of batches does not matter: it takes {(memory.bs_find - 3).min():.2f} to {(memory.bs_find - 3).max():.2f} gradients beyond the copy of weights and Adam's state, and from the smallest to the largest `n_batch` that changes by at most {spread:.2f}. Stored gradients are `n_batch`: with {max(n_batches)} and {millions(sizes[-1])} parameters, {max(n_batches)*sizes[-1]*4/1e9:.0f} GB."],
+        [f"Storing is the quicker one at {', '.join(by_size.index[theirs < ours]) or 'none of these sizes'} of parameters, and with 1 million at n_batch={', '.join(map(str, quicker)) or 'none of these'}. What `bs_find` does on top: the noise scale in Adam's own metric, that of every parameter, checks for what is not finite, the copy and putting back.",
+         f"What does not depend on the number of batches weighs most in the runs of the smallest model, where all batches of a `fit` take {40*float(by_size.fit.iloc[0].split()[0]):.0f} ms.",
+         len(less) and f"Storing takes less memory where `n_batch` is {', '.join(map(str, sorted(set(less.n_batch))))}: `bs_find` pays for its copy there."],
+        f"""## Time, relative to fit
 
 With `n_batch=10`, and an epoch of 40 batches (20 from 10 million parameters on); `fit` is per batch, the rest is in units of it. Medians of {args.rounds} rounds in turn. `bs_find` includes the copy of weights and optimizer state that it makes, and putting everything back.
 
@@ -129,22 +133,15 @@ With 1 million parameters, and {max(n_batches)} batches:
 
 {show(by_k)}
 
-- `bs_find(n_train=0)` takes {ours.min():.2f} to {ours.max():.2f} of the time of `fit`, storing {theirs.min():.2f} to {theirs.max():.2f}. Both can be faster than training since a measurement takes a single step.
-- Storing is the quicker one at {', '.join(by_size.index[theirs < ours]) or 'none of these sizes'} of parameters, and with 1 million at n_batch={', '.join(map(str, quicker)) or 'none of these'}. What `bs_find` does on top: the noise scale in Adam's own metric, that of every parameter, checks for what is not finite, the copy and putting back. What does not depend on the number of batches weighs most in the runs of the smallest model, where all batches of a `fit` take {40*float(by_size.fit.iloc[0].split()[0]):.0f} ms.
-- The floor is {by_size['forward and backward'].astype(float).min():.2f} to {by_size['forward and backward'].astype(float).max():.2f} of `fit`.
-
 ## Peak memory beyond that of fit, in units of the gradients' size
 
-Counted byte by byte, with batches of one example. For `bs_find`, {(memory.bs_find - 3).min():.2f} to {(memory.bs_find - 3).max():.2f} gradients and the copy of weights and Adam's state, which is 3:
+Counted byte by byte, with batches of one example. Of `bs_find`, 3 are the copy of weights and Adam's state (the larger runs would take minutes):
 
 {show(tables['bs_find'])}
 
 Storing, which copies nothing and puts nothing back. What takes more than a third of the memory that is free on this machine was not run; what the stored gradients alone need is computed instead:
 
 {show(tables['storing'])}
-
-- For `bs_find` the number of batches does not matter: from the smallest to the largest `n_batch`, as far as they were run (the larger ones would take minutes), the peak changes by at most {(memory.groupby('parameters').bs_find.max() - memory.groupby('parameters').bs_find.min()).max():.2f} gradients.
-- Storing takes less memory where `n_batch` is {', '.join(map(str, sorted(set(less.n_batch)))) or 'none of these'}{': `bs_find` pays for its copy there' if len(less) else ''}. At n_batch={max(n_batches)} and {millions(sizes[-1])} parameters it needs {max(n_batches)*sizes[-1]*4/1e9:.0f} GB.
 """)
 
 

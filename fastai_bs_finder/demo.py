@@ -8,6 +8,7 @@ __all__ = ['digits_learner', 'main']
 # %% ../nbs/09_demo.ipynb #6eb28600
 import argparse, warnings
 from pathlib import Path
+from typing import NoReturn
 
 # %% ../nbs/09_demo.ipynb #a1891ffd
 def digits_learner(
@@ -27,7 +28,7 @@ def digits_learner(
 
 # %% ../nbs/09_demo.ipynb #e19f99fc
 class _Parser(argparse.ArgumentParser):
-    def error(self, message): self.exit(2, f'{self.prog}: error: {message} (--help explains)\n')
+    def error(self, message) -> NoReturn: self.exit(2, f'{self.prog}: error: {message} (--help explains)\n')
 
 def _parser():
     p = _Parser(prog='python -m fastai_bs_finder', formatter_class=argparse.ArgumentDefaultsHelpFormatter,

@@ -8,6 +8,7 @@ __all__ = ['trainers', 'is_distributed', 'n_local_processes', 'by_itself', 'Proc
 
 # %% ../nbs/17_distributed.ipynb #09bb0177
 import os, sys
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch, torch.distributed as dist
@@ -199,7 +200,7 @@ def add_up(
 @contextmanager
 def together(
     learn:Learner, # The learner that is used in the block
-) -> Processes: # The processes that do it together
+) -> Iterator[Processes]: # The processes that do it together
     "What fails in one process fails in all"
     processes = Processes(learn)
     try:

@@ -93,7 +93,7 @@ class OptMeter:
         return self.sums.k
 
     def begin(self,
-        rows:list=(), # The measurements so far; where the optimizer has a metric only now, what they say of it is blanked
+        rows:list|tuple=(), # The measurements so far; where the optimizer has a metric only now, what they say of it is blanked
     ):
         "Begin a measurement, at the optimizer's present state"
         adaptive = self.metric.adaptive

@@ -228,8 +228,14 @@ class NoiseMeter(NoiseAverage):
         super().__init__(beta)
         self.sums,self.parts = GradSums(),None
 
-    def add(self, grads, bs, loss_scale=1., skip_nonfinite=False): return self.sums.add(grads, bs, loss_scale, skip_nonfinite)
-    add.__doc__ = GradSums.add.__doc__
+    def add(self,
+        grads:list, # Gradients of the batch's mean loss, one per parameter; `None` where a parameter got none
+        bs:int, # Number of examples in the batch
+        loss_scale:float=1., # What the gradients are still multiplied by (fp16 loss scaling)
+        skip_nonfinite:bool=False, # Look at the gradients first, and leave out a batch with inf or nan? Costs a synchronisation on CUDA
+    ) -> bool: # Whether the batch was counted
+        "Add the gradients of one batch to the measurement under way; they are not changed and not kept"
+        return self.sums.add(grads, bs, loss_scale, skip_nonfinite)
 
     @property
     def n_batch(self) -> int:

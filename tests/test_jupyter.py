@@ -153,7 +153,6 @@ def test_as_the_value_of_a_cell(notebook):
     assert notebook.run('plt.get_fignums()').outputs == ['[]']
 
 
-@pytest.mark.xfail(strict=True, reason='the answer is one long line, which JupyterLab breaks within words and numbers')
 def test_no_word_is_broken(notebook):
     text = notebook.run('learn.bs_find(lr=.1, num_it=100, show_plot=False);').cell.locator('.jp-RenderedText pre').first
     broken = text.evaluate("""o => {
@@ -207,7 +206,6 @@ def test_a_notebook_that_nobody_watches(env, tmp_path):
     assert len(value) == 1 and is_suggestion(value[0].data['text/plain'])
 
 
-@pytest.mark.xfail(strict=False, reason='a short run gives the timing of steps so little time that one pause of the machine uses it up')
 def test_a_pause_of_the_machine_does_not_cost_the_answer(monkeypatch):
     monkeypatch.setattr(finder, 'estimate_memory', lambda *args: time.sleep(.3))
     assert digits_learner().bs_find(lr=.1, num_it=600, show_plot=False).fastest

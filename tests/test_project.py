@@ -2,7 +2,8 @@
 import configparser, re, subprocess
 from pathlib import Path
 
-import pandas as pd, pytest
+import pandas as pd, pytest, yaml
+import fastai_bs_finder
 
 from learners import applications
 from test_callbacks import rows
@@ -33,6 +34,26 @@ def test_requirements_are_those_of_the_package():
     assert norm(card['DEFAULT']['requirements'].split()) == norm(r for r in found if 'extra' not in r)
     assert norm(card['DEFAULT']['dev_requirements'].split()) == norm(r.split(';')[0] for r in found if 'extra == "dev"' in r)
     assert version('fastai_bs_finder') == card['DEFAULT']['version']
+
+
+def test_version_and_requirements_for_conda_and_citations():
+    conda,cite = (yaml.safe_load((root/f).read_text()) for f in ('conda/meta.yaml', 'CITATION.cff'))
+    assert conda['package']['version'] == cite['version'] == fastai_bs_finder.__version__
+    names = dict(torch='pytorch', matplotlib='matplotlib-base')
+    project = pytest.importorskip('tomllib').loads((root/'pyproject.toml').read_text())['project']  # from Python 3.11 on
+    wanted = [re.match(r'([\w-]+)(.*)', r).groups() for r in [f"python{project['requires-python']}", *project['dependencies']]]
+    assert sorted(r.replace(' ', '') for r in conda['requirements']['run']) == sorted(names.get(name, name) + v for name,v in wanted)
+    assert conda['about']['summary'] == project['description'] and conda['about']['license'] == cite['license'] == project['license']
+
+
+@pytest.mark.parametrize('path', sorted((root/'.github/workflows').glob('*.yml')), ids=lambda p: p.name)
+def test_what_the_workflows_run_is_there(path):
+    jobs = yaml.safe_load(path.read_text())['jobs'].values()
+    commands = [step['run'] for job in jobs for step in job['steps'] if 'run' in step]
+    for c in commands:
+        if c.startswith('make'): assert re.search(f'^{c.split()[1]}:', (root/'Makefile').read_text(), re.M), c
+        if c.startswith('.ci'): assert (root/c).exists()
+    assert commands or 'publish' in path.read_text()
 
 
 def test_readme_is_the_index_notebook(monkeypatch):

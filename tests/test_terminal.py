@@ -79,7 +79,6 @@ def terminal(request, tmp_path_factory):
     finally: terminal.process.close(force=True)
 
 
-
 def unless_mended(request, terminal, shell, why):
     if terminal.shell == shell: request.applymarker(pytest.mark.xfail(strict=True, reason=why))
 
@@ -97,7 +96,6 @@ def test_the_bar_moves_on_one_line_and_makes_room_for_the_answer(terminal, reque
     assert re.fullmatch(r'(Out\[\d+\]: )?SuggestedBS\(critical=\d+, fastest=(\d+|None)\)', shown[-1])
 
 
-@pytest.mark.xfail(strict=True, reason='the answer is one long line, which a terminal breaks within words and numbers')
 def test_no_word_is_broken(terminal):
     terminal.type('learn.bs_find(lr=.1, num_it=200)')
     printed = re.sub(r'\x1b\[[\d;?]*[A-Za-z]', '', terminal.printed)

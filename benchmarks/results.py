@@ -1,0 +1,30 @@
+"One page of all results, from those of each benchmark: writes README.md"
+import re
+
+from common import here
+
+intro = """# Results
+
+What `bs_find` and its kin are worth, measured: ratios within one run of a script, never a timed test. `make bench` measures all of it again, in under half an hour on two cores, and writes this page and those that it links to. Each script can be run alone: `.venv/bin/python benchmarks/accuracy.py`.
+
+Predictions are compared with real trainings on five tasks (`tasks.py`), at five batch sizes with the best learning rate of a grid for each and two seeds. These are in `training.csv`; `make training` runs them again, which takes an hour. The data are fastai's MNIST, ADULT_SAMPLE and CIFAR; where they are not in `FASTAI_HOME` yet, fastai downloads them. Nothing of this has been run on a GPU yet."""
+pages = 'accuracy', 'prediction', 'scaling', 'overhead', 'finders', 'growing', 'distributed'
+
+
+def page(name):
+    "Title, machine and date, and the two sections that are taken along"
+    text = (here/f'{name}.md').read_text()
+    title,machine = re.match(r'# (.*)\n\n(.*?)\. Made by', text).groups()
+    short,loses = (re.search(rf'^## {s}\n\n(.*?)(?=\n+## |\Z)', text, re.M | re.S)[1].strip() for s in ('In short', 'Where it loses'))
+    picture = re.search(r'^!\[.*\]\(.*\)$', text, re.M)
+    return title,machine,short,loses,picture[0] if picture else ''
+
+
+def main():
+    found = {name: page(name) for name in pages}
+    parts = [f'## [{title}]({name}.md)\n\n{short}\n\n{picture}\n\n{machine}'.replace('\n\n\n', '\n') for name,(title,machine,short,_,picture) in found.items()]
+    lost = [f'**[{title}]({name}.md)**\n\n{loses}' for name,(title,_,_,loses,_) in found.items()]
+    (here/'README.md').write_text('\n\n'.join([intro, *parts, '## Where it loses', *lost]) + '\n')
+
+
+if __name__ == '__main__': main()

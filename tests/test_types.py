@@ -1,0 +1,43 @@
+"A type checker accepts the public API, and knows what it returns"
+import os, subprocess, sys
+from pathlib import Path
+
+import fastai_bs_finder
+
+root = Path(__file__).parents[1]
+uses = """
+from typing import assert_type
+import numpy as np, pandas as pd, torch
+from fastai_bs_finder.all import *
+
+assert_type(rel_steps(64, 16, 100.), float)
+assert_type(round_bs(100.), int)
+assert_type(bs_table(pd.DataFrame()), pd.DataFrame | None)
+assert_type(fieller(np.ones(4), np.ones(4)), tuple[float, float])
+meter = NoiseMeter(beta=.9)
+assert_type(meter.add([torch.zeros(2)], 16), bool)
+assert_type(meter.n_batch, int)
+NoiseScale(share=None), AccumulateGrads(64), GrowBatch(NoiseScale(share=.1))
+"""
+misuses = "rel_steps('64', 16, 100.)", 'NoiseMeter(beta=None)', "NoiseScale(every='often')", 'meter.add(torch.zeros(2), 16)', 'AccumulateGrads([64])', 'meter.mesure()'
+
+
+def mypy(*args, cwd):
+    return subprocess.run([sys.executable, '-m', 'mypy', '--ignore-missing-imports', '--follow-imports', 'silent', *map(str, args)], cwd=cwd, env=os.environ | dict(MYPYPATH=str(root)), capture_output=True, text=True)
+
+
+def test_the_signatures(tmp_path):
+    "What stubgen writes down of each module"
+    subprocess.run([Path(sys.executable).with_name('stubgen'), '-q', '-o', tmp_path, root/'fastai_bs_finder'], check=True, cwd=tmp_path)
+    checked = mypy(tmp_path/'fastai_bs_finder', cwd=tmp_path)
+    assert not checked.returncode, checked.stdout
+
+
+def test_its_use(tmp_path):
+    (tmp_path/'use.py').write_text(uses + '\n'.join(misuses))
+    lines = [line for line in mypy('use.py', cwd=tmp_path).stdout.splitlines() if 'error:' in line]
+    n = uses.count('\n')
+    assert [int(line.split(':')[1]) for line in lines] == [n + 1 + i for i in range(len(misuses))], lines
+
+
+def test_the_marker_of_typed_packages(): assert (Path(fastai_bs_finder.__file__).parent/'py.typed').exists()
