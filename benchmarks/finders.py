@@ -251,13 +251,12 @@ def main():
          lightning_said,
          f"Accelerate's `find_executable_batch_size` goes down from where it is told to start, by a tenth each time: {share(f'Accelerate, from {start}')} of the largest, after {number(f'Accelerate, from {start}', 'ooms')} errors. Started below the limit it keeps what it was given.",
          f"The quickest: {winners(quickest)}."],
-        [f"Who wants the very largest does better with another one than `max_bs()`, or with `margin=1`. The nearest to the largest of those that fit: {winners(nearest)}.",
+        [f"Who wants the very largest does better with something else than `max_bs()` as it is. The nearest to the largest of those that fit: {winners(nearest)}.",
+         f"Less fits in fastai's own training loop than in the others: {loops} ({', '.join(dict.fromkeys('fastai' if 'max_bs' in f else f.split(',')[0].replace('Accelerate', 'a plain loop') for f in finders))}; two figures where the last two agree). A share says how good a finder is, not how much a loop can hold.",
          "Accelerate's is the simplest of all: it needs no loader that can be re-batched, and works for any function."],
         f"""`steps` are training steps that were begun, `examples` what went into them, `ooms` the times that memory ran out, `of_largest` the batch size found as a share of the largest that trains.
 
 {df.to_markdown(index=False, floatfmt='.3g')}
-
-The loops differ, and with them what fits ({', '.join(dict.fromkeys('fastai' if 'max_bs' in f else f.split(',')[0].replace('Accelerate', 'plain') for f in finders))}, where they differ): {loops}. A share says how good a finder is, not how much a loop can hold.
 """)
 
 
