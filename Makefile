@@ -3,11 +3,12 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help install demo test table notebooks short readme docs bench training clean
+.PHONY: help install demo test oldest table notebooks short readme docs bench training clean
 
 help:
 	@echo "make demo       find the batch size of a small learner: ends in under a minute"
 	@echo "make test       run the notebooks' tests and pytest"
+	@echo "make oldest     run pytest with the oldest versions supported, in an environment of its own"
 	@echo "make table      run the tests that make the table of what bs_find works with"
 	@echo "make notebooks  execute every notebook afresh and keep its outputs"
 	@echo "make short      execute the notebooks with real trainings, shortened, into build/short; needs FASTAI_HOME"
@@ -33,6 +34,12 @@ demo: install
 test: install
 	$(BIN)/nbdev-test --n-workers 2
 	$(BIN)/python -m pytest -n 2
+
+oldest:
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install -q -r tests/oldest.txt
+	.venv-oldest/bin/python -m pip install -q --no-deps -e .
+	.venv-oldest/bin/python -m pytest -n 2 $(addprefix --ignore tests/test_,docs.py project.py types.py jupyter.py)
 
 table: install
 	$(BIN)/python -m pytest -n 2 tests/test_applications.py tests/test_callbacks.py --works-with tests/works_with.csv
@@ -61,4 +68,4 @@ training: install
 	$(BIN)/python -W ignore benchmarks/training.py
 
 clean:
-	rm -rf $(VENV) _docs build dist *.egg-info
+	rm -rf $(VENV) .venv-oldest _docs build dist *.egg-info

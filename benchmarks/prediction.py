@@ -2,6 +2,7 @@
 import argparse, math, time
 
 import numpy as np, pandas as pd
+from matplotlib.figure import Figure
 
 import fastai_bs_finder.finder
 from fastai_bs_finder.predict import noiseless_mean, rel_steps
@@ -54,6 +55,19 @@ def time_to_target(task, target, bs, lr, seconds):
     return min(geomean([train(task, bs, lr*f, seed, 5000)[i]['steps'] for seed in seeds]) for f in (.5, 1, 2))*seconds
 
 
+def picture(rows):
+    "Predicted over measured, against measured: steps and times, a point per task, target and batch size"
+    fig = Figure(figsize=(9, 3.6), layout='constrained')
+    for ax,q in zip(fig.subplots(1, 2), ('steps', 'time')):
+        for i,(task,d) in enumerate(rows[rows.bs != bs0].groupby('task', sort=False)): ax.plot(d[f'{q}_ratio'], d[f'predicted_{q}'], '.', ms=7, c=f'C{i}', label=task)
+        ends = [f(rows[[f'{q}_ratio', f'predicted_{q}']].stack()) for f in (min, max)]
+        ax.plot(ends, ends, c='k', lw=1)
+        ax.fill_between(ends, [e/2 for e in ends], [e*2 for e in ends], color='k', alpha=.07)
+        ax.set(xscale='log', yscale='log', xlabel=f'measured {q}, of those at bs={bs0}', ylabel='predicted')
+    ax.legend(fontsize='x-small')
+    fig.savefig(here/'prediction.png', dpi=90)
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__)
     p.add_argument('--tasks', nargs='*', default=list(tasks), help='their names')
@@ -100,6 +114,7 @@ def main():
             print(e, choices[-1], flush=True)
     rows,errors,costs,choices = map(pd.DataFrame, (rows, errors, costs, choices))
     rows.to_csv(here/'prediction.csv', index=False, float_format='%.4g')
+    picture(rows)
     def md(df): return df.to_markdown(index=False, floatfmt='.3g')
     worst,slowest = errors.loc[errors['steps, mean'].idxmax()],choices.loc[choices.ratio.idxmax()]
     over = errors[errors['steps, mean'] > 1.5]
@@ -112,7 +127,11 @@ training as long as the real one, {args.seeds} seed{'s' if args.seeds > 1 else '
         [f"It is the least certain with {worst.task} ({worst.target:g}): steps are off by {worst['steps, mean']:.2f}." + (f" More than 1.5: {', '.join(f'{r.task} ({r.target:g})' for r in over.itertuples())}." if len(over) else ''),
          slowest.ratio > 1.1 and f"{slowest.fastest} is called fastest for {slowest.task} ({slowest.target:g}), which takes {slowest.ratio:.2f} of the time of {slowest.best_measured}.",
          "Whoever has the time to train at every batch size knows more: `bs_sweep` does that."],
-        f"""## Errors, as factors
+        f"""![Predicted against measured](prediction.png)
+
+Left steps, right times, relative to bs={bs0}. On the line the prediction is right, in the band within a factor of two.
+
+## Errors, as factors
 
 Over the batch sizes other than {bs0}. The last three columns: the mean error in steps with each of the three noise scales.
 

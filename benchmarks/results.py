@@ -15,7 +15,7 @@ def page(name):
     "Title, machine and date, and the two sections that are taken along"
     text = (here/f'{name}.md').read_text()
     title,machine = re.match(r'# (.*)\n\n(.*?)\. Made by', text).groups()
-    short,loses = (re.search(rf'^## {s}\n\n(.*?)(?=\n+## |\Z)', text, re.M | re.S)[1].strip() for s in ('In short', 'Where it loses'))
+    short,loses = (re.search(rf'^## {s}\n\n((?:- .*\n)+)', text, re.M)[1].strip() for s in ('In short', 'Where it loses'))
     picture = re.search(r'^!\[.*\]\(.*\)$', text, re.M)
     return title,machine,short,loses,picture[0] if picture else ''
 

@@ -4,6 +4,7 @@ from functools import partial
 from statistics import median
 
 import pandas as pd, psutil, torch
+from matplotlib.figure import Figure
 from fastai.basics import Callback, CancelBatchException
 from fastai.callback.training import ShortEpochCallback
 
@@ -81,6 +82,23 @@ def beyond_fit(n, n_batch, most):
 def millions(n): return f'{n/1e6:g} million'
 
 
+def picture(by_size, memory):
+    "Time against parameters, memory against batches"
+    fig = Figure(figsize=(9, 3.4), layout='constrained')
+    left,right = fig.subplots(1, 2)
+    for c,way in (('C0', 'bs_find()'), ('C2', 'bs_find(n_train=0)'), ('C3', 'storing'), ('.5', 'forward and backward')): left.plot(sizes, by_size[way].astype(float), '.-', c=c, label=way)
+    left.axhline(1, c='k', lw=1)
+    left.set(xscale='log', xlabel='parameters', ylabel='time, of fit', ylim=(0, None))
+    left.legend(fontsize='small')
+    for c,way in (('C0', 'bs_find'), ('C3', 'storing')):
+        for n in sizes:
+            d = memory[memory.parameters == n]
+            right.plot(d.n_batch, pd.to_numeric(d[way], errors='coerce').where(lambda s: s.notna(), d.n_batch if way == 'storing' else math.nan), '.-', c=c, alpha=.7, label=way if n == sizes[0] else None)
+    right.set(xscale='log', yscale='log', xlabel='n_batch', ylabel='memory beyond fit, gradients')
+    right.legend(fontsize='small')
+    fig.savefig(here/'scaling.png', dpi=90)
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__)
     p.add_argument('--rounds', type=int, default=2, help='rounds in which every way runs once')
@@ -112,6 +130,7 @@ def main():
     less = ran[ran.storing < ran.bs_find]
     quicker = by_k.index[by_k.storing < by_k['bs_find(n_train=0)']]
     ours,theirs = by_size['bs_find(n_train=0)'].astype(float),by_size.storing.astype(float)
+    picture(by_size, memory)
     floor_ = by_size['forward and backward'].astype(float)
     spread = (memory.groupby('parameters').bs_find.max() - memory.groupby('parameters').bs_find.min()).max()
     write_page('scaling', 'Time and memory, by the size of the model and of a measurement', f"""Made by `benchmarks/scaling.py`: MLPs with Adam, batches of {bs} random examples. Small batches are the hard case: what is done with a gradient costs the same at any batch size, and here forward and backward hide little of it.
@@ -123,7 +142,11 @@ step after every batch, which takes longer. `bs_find` is without its profile, wh
         [f"Storing is the quicker one at {', '.join(by_size.index[theirs < ours]) or 'none of these sizes'} of parameters, and with 1 million at n_batch={', '.join(map(str, quicker)) or 'none of these'}. What `bs_find` does on top: the noise scale in Adam's own metric, that of every parameter, checks for what is not finite, the copy and putting back.",
          f"What does not depend on the number of batches weighs most in the runs of the smallest model, where all batches of a `fit` take {40*float(by_size.fit.iloc[0].split()[0]):.0f} ms.",
          len(less) and f"Storing takes less memory where `n_batch` is {', '.join(map(str, sorted(set(less.n_batch))))}: `bs_find` pays for its copy there."],
-        f"""## Time, relative to fit
+        f"""![Time against parameters, memory against batches](scaling.png)
+
+What was too large to be run is drawn as computed.
+
+## Time, relative to fit
 
 With `n_batch=10`, and an epoch of 40 batches (20 from 10 million parameters on); `fit` is per batch, the rest is in units of it. Medians of {args.rounds} rounds in turn. `bs_find` includes the copy of weights and optimizer state that it makes, and putting everything back.
 

@@ -41,4 +41,6 @@ def run_processes(folder, n, f, *args, seconds=30):
     return [torch.load(file, weights_only=False) if (file := folder/f'{rank}.pt').exists() else None for rank in range(n)]
 
 
-def printed(folder, rank): return (folder/f'{rank}.txt').read_text()
+def printed(folder, rank):
+    "What a process printed, but for what Gloo of some versions says"
+    return ''.join(o for o in (folder/f'{rank}.txt').read_text().splitlines(True) if not o.startswith('[Gloo]'))

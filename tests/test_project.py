@@ -46,6 +46,14 @@ def test_version_and_requirements_for_conda_and_citations():
     assert conda['about']['summary'] == project['description'] and conda['about']['license'] == cite['license'] == project['license']
 
 
+def test_the_oldest_versions_are_the_bounds():
+    bounds = dict(re.match(r'([\w-]+)>=(.*)', r).groups() for r in pytest.importorskip('tomllib').loads((root/'pyproject.toml').read_text())['project']['dependencies'] if '>=' in r)
+    pins = dict(re.findall(r'^([\w-]+)==(.*)$', (root/'tests/oldest.txt').read_text(), re.M))
+    assert all(pins[name].removesuffix('.0') == v or pins[name].startswith(f'{v}.') for name,v in bounds.items())
+    listed = (root/'docs/versions.md').read_text()
+    assert all(f'{name} {v}' in listed for name,v in pins.items() if name != 'torchvision')
+
+
 @pytest.mark.parametrize('path', sorted((root/'.github/workflows').glob('*.yml')), ids=lambda p: p.name)
 def test_what_the_workflows_run_is_there(path):
     jobs = yaml.safe_load(path.read_text())['jobs'].values()
