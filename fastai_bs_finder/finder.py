@@ -264,6 +264,8 @@ def _names(funcs):
     return names
 
 # %% ../nbs/04_finder.ipynb #28cb7440
+_least_profile = .5  # seconds
+
 def _share(profile):
     "The share of the time that the profile may take"
     if isinstance(profile, bool): return .2*profile
@@ -336,7 +338,7 @@ def bs_find(self:Learner,
                 cb._first_loss = processes.agree(float(cb._first_loss), np.mean)
                 stats = processes.first(cb.stats)
                 stats.attrs.update(n=processes.first(processes.examples(n_train_examples(self))), lr_given=self.lr if lr is None else lr, suggested={})
-                if share and len(stats): _profile(self, stats, cb.step_seconds, max(share*(time.perf_counter() - start), .5*(profile is True)))
+                if share and len(stats): _profile(self, stats, cb.step_seconds, max(share*(time.perf_counter() - start), _least_profile*(profile is True)))
         except BaseException:
             if bar and bar.last_v is not None: bar.on_interrupt()
             raise

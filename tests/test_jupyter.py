@@ -22,7 +22,7 @@ def env(tmp_path_factory):
     home = tmp_path_factory.mktemp('home')
     folders = {f'{name}_DIR': str(home/name) for name in ('JUPYTER_CONFIG', 'JUPYTER_DATA', 'JUPYTER_RUNTIME')} | dict(HOME=str(home), IPYTHONDIR=str(home/'ipython'))
     inherited = {k: v for k,v in os.environ.items() if k != 'MPLBACKEND'}
-    return inherited | folders | dict(PYTHONPATH=f'{tests.parent}{os.pathsep}{tests}', PYTHONWARNINGS='ignore', NO_PROXY='127.0.0.1')
+    return inherited | folders | dict(PYTHONPATH=f'{tests.parent}{os.pathsep}{tests}', PYTHONWARNINGS='ignore', OMP_NUM_THREADS='1', NO_PROXY='127.0.0.1')
 
 
 def end(process):
@@ -207,5 +207,6 @@ def test_a_notebook_that_nobody_watches(env, tmp_path):
 
 
 def test_a_pause_of_the_machine_does_not_cost_the_answer(monkeypatch):
+    monkeypatch.setattr(finder, '_least_profile', .5)
     monkeypatch.setattr(finder, 'estimate_memory', lambda *args: time.sleep(.3))
     assert digits_learner().bs_find(lr=.1, num_it=600, show_plot=False).fastest

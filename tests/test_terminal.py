@@ -67,7 +67,7 @@ def terminal(request, tmp_path_factory):
     if request.param == 'ipython': pytest.importorskip('IPython', reason='needs IPython')
     home = tmp_path_factory.mktemp(request.param)
     env = {k: v for k,v in os.environ.items() if k not in ('MPLBACKEND', 'PYTHONSTARTUP', 'COLUMNS', 'LINES')}
-    env |= dict(HOME=str(home), IPYTHONDIR=str(home), TERM='xterm', LC_ALL='C.UTF-8', PYTHONWARNINGS='ignore', PYTHON_BASIC_REPL='1', PYTHONPATH=f'{tests.parent}{os.pathsep}{tests}')
+    env |= dict(HOME=str(home), IPYTHONDIR=str(home), TERM='xterm', LC_ALL='C.UTF-8', PYTHONWARNINGS='ignore', OMP_NUM_THREADS='1', PYTHON_BASIC_REPL='1', PYTHONPATH=f'{tests.parent}{os.pathsep}{tests}')
     terminal = Terminal(request.param, env)
     try:
         terminal.type('from fastai.tabular.all import *')
