@@ -9,13 +9,14 @@ __all__ = ['trainers', 'is_distributed', 'n_local_processes', 'by_itself', 'Proc
 # %% ../nbs/17_distributed.ipynb #09bb0177
 import os, sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch, torch.distributed as dist
 from torch import LongTensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from torch.nn.parallel import DistributedDataParallel
 from fastai.learner import Learner
+from .snapshot import _CtrlC
 
 # %% ../nbs/17_distributed.ipynb #803468be
 def trainers(
@@ -42,6 +43,9 @@ def by_itself(
     learn:Learner, # The learner
 ):
     "In the block, in a `mock_training`, this process trains without the others"
+    for o in _kept:  # nobody waits for this process
+        o.holding = False
+        o.pass_on()
     found,model = trainers(learn),learn.model
     learn.remove_cbs(found)
     if isinstance(model, DistributedDataParallel): learn.model = model.module
@@ -49,6 +53,7 @@ def by_itself(
         if (device := o.accelerator.device).type == 'cuda': learn.dls.to(device)
     try: yield
     finally:
+        for o in _kept: o.hold()
         learn.model = model
         learn.add_cbs(found)
 
@@ -56,6 +61,14 @@ def by_itself(
 class ProcessError(RuntimeError):
     "Another process failed, or is gone"
     said = None  # of 'trouble', what the other one said
+
+class _UntilMeeting(_CtrlC):
+    "Keeps a Ctrl-C until the next meeting; a second one is handed on at once"
+    def __call__(self, *args):
+        if self.pressed: self.before(*args)
+        else: super().__call__(*args)
+
+_kept = []  # that of the block in which processes are together
 
 _events = '', 'epoch', 'fit', 'stop', 'trouble', 'error'  # by seriousness
 _bucket = 2**22  # numbers that are sent at once
@@ -93,6 +106,8 @@ class Processes:
     ) -> tuple: # What happened to all: the most serious event, the first rank that it happened to, and what that one said
         "Wait for the others. Raises `ProcessError` where another process failed, or is gone"
         if self.size == 1: return event,0,said
+        if event != 'error':
+            for o in _kept: o.pass_on()
         counts = torch.zeros(len(_events), device=self._device)
         counts[_events.index(event)] = 1
         if self.sum(counts)[0] == self.size: return '',0,None
@@ -198,19 +213,30 @@ def add_up(
 
 # %% ../nbs/17_distributed.ipynb #23643341
 @contextmanager
+def _ctrl_c_at_meetings():
+    ctrl_c = _UntilMeeting()
+    ctrl_c.hold()
+    _kept.append(ctrl_c)
+    try: yield
+    finally:
+        _kept.remove(ctrl_c)
+        ctrl_c.release()
+
+@contextmanager
 def together(
     learn:Learner, # The learner that is used in the block
 ) -> Iterator[Processes]: # The processes that do it together
     "What fails in one process fails in all"
     processes = Processes(learn)
-    try:
-        yield processes
-        processes.meet()
-    except ProcessError: raise
-    except BaseException as e:
-        try: processes.meet('error', f'{type(e).__name__}: {e}')
-        except ProcessError: pass  # this process has an error of its own to raise
-        raise
+    with _ctrl_c_at_meetings() if processes.size > 1 else nullcontext():
+        try:
+            yield processes
+            processes.meet()
+        except ProcessError: raise
+        except BaseException as e:
+            try: processes.meet('error', f'{type(e).__name__}: {e}'.removesuffix(': '))
+            except ProcessError: pass  # this process has an error of its own to raise
+            raise
 
 # %% ../nbs/17_distributed.ipynb #31e923f9
 _before_broadcast = []  # in a mock training: the meeting before the examples are dealt out

@@ -78,10 +78,14 @@ class _CtrlC:
 
     def hold(self): self.holding = True
 
+    def pass_on(self):
+        pressed,self.pressed = self.pressed,None
+        if pressed: self.before(*pressed)
+
     def release(self):
         if self.ours and signal.getsignal(signal.SIGINT) is self: signal.signal(signal.SIGINT, self.before)
         self.holding = False
-        if self.pressed: self.before(*self.pressed)
+        self.pass_on()
 
 # %% ../nbs/01_snapshot.ipynb #393f1432
 class Snapshot:

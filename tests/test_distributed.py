@@ -1,5 +1,5 @@
 "Several processes: the same figures as one, nobody waits for ever, and nothing is left behind"
-import json, os, random, re, signal, socket, subprocess, sys, textwrap
+import json, os, random, re, signal, socket, subprocess, sys, textwrap, time
 from pathlib import Path
 
 import numpy as np, pandas as pd, pytest, torch
@@ -393,6 +393,43 @@ def test_an_interrupt_during_the_profile(tmp_path):
         except BaseException as e: return str(e) or type(e).__name__
     first,second = run_processes(tmp_path, 2, lambda rank: together(rank, f))
     assert 'Rank 1 of 2 failed' in first and 'KeyboardInterrupt' in first and second == 'KeyboardInterrupt'
+
+
+@pytest.mark.parametrize('ranks', ((1,), (0, 1)))
+@pytest.mark.parametrize('nth', (0, 2, 7))
+def test_an_interrupt_between_a_meeting_and_what_is_sent_after_it(nth, ranks, tmp_path):
+    "It waits for the next meeting, and does not break the connection"
+    def f(learn, rank):
+        seen,all_reduce = [],torch.distributed.all_reduce
+        def interrupted(t, *args, **kwargs):
+            if t.numel() > 1000:  # gradients
+                seen.append(len(t))
+                if len(seen) == nth + 1 and rank in ranks: os.kill(os.getpid(), signal.SIGINT)
+            return all_reduce(t, *args, **kwargs)
+        torch.distributed.all_reduce = interrupted
+        handler,before = signal.getsignal(signal.SIGINT),footprint.state(learn)
+        try: learn.bs_find(num_it=48, n_batch=3, show_plot=False, profile=False)
+        except BaseException as e: said = f'{type(e).__name__}: {e}'
+        torch.distributed.all_reduce = all_reduce
+        unchanged = not footprint.changes(before, footprint.state(learn)) and signal.getsignal(signal.SIGINT) == handler
+        learn.fit(1)  # the connection still holds
+        return said,unchanged
+    for rank,(said,unchanged) in enumerate(run_processes(tmp_path, 2, lambda rank: together(rank, f))):
+        assert unchanged and said.endswith('KeyboardInterrupt: ' if rank in ranks else 'Rank 1 of 2 failed, and the others end with it: KeyboardInterrupt')
+
+
+def test_a_second_interrupt_does_not_wait(tmp_path):
+    def f(learn, rank):
+        if rank: learn.add_cb(Twice())
+        try: learn.bs_find(num_it=48, n_batch=3, show_plot=False, profile=False)
+        except BaseException as e: return type(e).__name__,time.monotonic() - started
+    class Twice(Callback):
+        def after_pred(self):
+            for _ in range(2): os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(60)
+    started = time.monotonic()
+    (first,_),(second,seconds) = run_processes(tmp_path, 2, lambda rank: together(rank, f))
+    assert (first, second) == ('ProcessError', 'KeyboardInterrupt') and seconds < 30
 
 
 def test_batch_norm_of_each_process(tmp_path):
