@@ -244,6 +244,6 @@ def max_bs(self:Learner,
             if check is None: check = _device(self).type == 'cuda'
             res = _climb(self, meter, margin, most) if check else min(mem.max_bs(margin), most)
         if res < 1: raise torch.OutOfMemoryError(f"Not even one example fits: {mem}, of which margin={margin} is to be used. Free memory, raise margin, or train a smaller model")
-        res = min(int(processes.agree(res))*processes.size, processes.agree(processes.examples(most)))
+        res = int(min(processes.agree(res)*processes.size, processes.agree(processes.examples(most))))
     if hasattr(self, 'recorder'): self.recorder.bs_fits = processes.share(res)  # in each: the next training may have fewer
     return res

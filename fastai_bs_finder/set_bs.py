@@ -13,7 +13,7 @@ from fastcore.basics import patch
 from fastai.callback.training import GradientAccumulation
 from fastai.learner import Learner
 from .accumulate import AccumulateGrads, _TidyCallback
-from .distributed import Processes
+from .distributed import unwrap, Processes
 from .predict import _lr, _ratio, _say
 from .steps import batch_size, len_or_none, n_train_examples, rebatch, _whole
 
@@ -82,8 +82,10 @@ def set_bs(self:Learner,
     fits:int|None=None, # Number of examples that fit in memory, of all processes together; `None`: what `max_bs` or `bs_find` found, if they were asked before
 ) -> Learner: # The learner
     "Train with batches of `bs` from now on, by gradient accumulation where they do not fit; undone by `set_bs` with the old size. Raises `ValueError` on bad input, before anything is touched"
-    bs,processes = _chosen(bs),Processes(self)
+    bs = _chosen(bs)
     _whole('bs', bs, 1)
+    unwrap(self)
+    processes = Processes(self)
     if fits is not None: _whole('fits', fits, processes.size)
     own,fits,n = processes.share(bs),known_fits(self) if fits is None else fits,processes.examples(n_train_examples(self))
     micro = micro_bs(own, fits and max(fits//processes.size, 1))

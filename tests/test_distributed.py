@@ -476,3 +476,26 @@ def test_set_bs_after_a_training_that_broke_off(tmp_path):
         learn.fit(1)
         return len(learn.recorder.losses),learn.dls.train.bs
     assert run_processes(tmp_path, 2, lambda rank: together(rank, f)) == [(10, 32)]*2
+
+
+@pytest.mark.parametrize('inside', (True, False))
+def test_after_a_training_that_broke_off(inside, tmp_path):
+    "fastai leaves its wrappers on the learner then, outside of `distrib_ctx`, too"
+    def broken(learn):
+        learn.add_cb(Raises('after_pred', ZeroDivisionError(), 3))
+        try: learn.fit(1)
+        except ZeroDivisionError: pass
+        learn.remove_cb(Raises)
+    def find(learn):
+        most = learn.max_bs()
+        learn.bs_find(num_it=40, n_batch=3, show_plot=False, profile=30.)
+        found = learn.recorder.bs_stats.attrs
+        return most,type(most),found['n'],found['max_bs'] >= n,type(learn.dls.train).__name__,type(learn.model).__name__
+    def f(rank):
+        learn = digits(shuffle=True)
+        with learn.distrib_ctx(sync_bn=False):
+            broken(learn)
+            if inside: return find(learn)
+        return find(learn)
+    left = ('DataLoader', 'Sequential') if inside else ('DistributedDL', 'DistributedDataParallel')
+    assert run_processes(tmp_path, 2, f) == [(n, int, n, True, *left)]*2
