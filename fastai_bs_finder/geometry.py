@@ -19,7 +19,7 @@ def _second_moment(state, hyper):
     return state[key],1 - beta**step if debiased else 1.
 
 # %% ../nbs/05_geometry.ipynb #400773cb
-_piece = 2**17  # numbers at once, on a CPU: what fits in its cache
+_piece = 2**19  # numbers at once, on a CPU: what fits in its cache
 
 def _weighted_sq_norm(g, v, debias, eps):
     "Σ g²/(√(v/debias) + eps) over the elements with v > 0"
@@ -28,7 +28,7 @@ def _weighted_sq_norm(g, v, debias, eps):
         g,v = g.values(),v[tuple(g.indices())]
     v = v.expand(g.shape)  # an optimizer may keep one number for several
     dtype,root,total = torch.promote_types(v.dtype, torch.float32),debias**.5,0.
-    piece = min(_piece if v.device.type == 'cpu' else 32*_piece, g.numel())
+    piece = min(_piece if v.device.type == 'cpu' else 8*_piece, g.numel())
     room = torch.empty(piece, dtype=dtype, device=v.device)
     for g,v in zip(g.reshape(-1).split(piece), v.reshape(-1).split(piece)):
         g,w = g.to(dtype),torch.sqrt(v.to(dtype), out=room[:len(v)])
