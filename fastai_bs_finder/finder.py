@@ -29,13 +29,14 @@ from .memory import estimate_memory, _warm_up
 from .noise import GradSums, Noise, NoiseAverage
 from .steps import len_or_none, loss_scale, mock_training, n_examples, n_train_examples, profile_steps, set_gradients, LockStep, Passes, _check_empty, _check_model, _whole
 from .predict import bs_table, _say
-from .suggest import bs_summary, critical, fastest
+from .suggest import bs_summary, critical, fastest, _quickest
 
 # %% ../nbs/04_finder.ipynb #cc31e04e
 _biased = ("step_every_batch=True is for comparison only: while every batch steps, the noise in one gradient moves the weights at which the next is taken. "
            "That biases the scale |G|² by about −lr·tr(HΣ)/b, and the noise scale comes out too large or negative at learning rates that train well. "
            "Leave it at False for a number to act on.")
 _not_finite = "the loss is not finite: lower lr"
+_never_finite = "the loss is not finite, and no step was made yet: look for missing or infinite values in the data"
 
 # %% ../nbs/04_finder.ipynb #0d7683c2
 class BSFinder(LockStep):
@@ -83,12 +84,12 @@ class BSFinder(LockStep):
     def stop_for(self, rank, said):
         after,why = said
         if why is None: return
-        self.diverged = why == _not_finite
+        self.diverged = why in (_not_finite, _never_finite)
         self.stopped = f"Stopped after {after} of {self.num_it} batches: {why}{f' (rank {rank})' if self.processes.size > 1 else ''}."
 
     def _check_loss(self):
         "Stop where the loss is not finite"
-        if not torch.isfinite(self.learn.loss.detach()).all(): self._stop(_not_finite)
+        if not torch.isfinite(self.learn.loss.detach()).all(): self._stop(_not_finite if self._steps else _never_finite)
 
     def after_loss(self):
         if not self._spent: self._first_loss = self.learn.loss.detach().mean()
@@ -294,9 +295,12 @@ def _profile(learn, stats, step_seconds, budget):
     trouble = timed([bs, 4*bs], .7*(end - time.perf_counter()))
     if not trouble and len(a['step_time']) < 2: trouble = timed([2*bs], end - time.perf_counter())
     if len(a['step_time']) < 2: a['profile_note'] = f"How fast other batch sizes are on this machine is not known: {trouble or 'the run is too short to try them, raise num_it, or profile'}."
-    for _ in range(4):
-        best = fastest(stats)
-        if best is None or best in a['step_time'] or timed([best], end - time.perf_counter()): break
+    for _ in range(4):  # what is expected far from the sizes that were timed is wrong too often to go there at once
+        best = _quickest(stats, 4)
+        if best is None or best in a['step_time']: break
+        trouble = timed([best], end - time.perf_counter())
+        if trouble: break
+    if best and best > max(a['step_time']) and not trouble: a['profile_note'] = "Larger batches may be faster still, but there was no time to try them: raise num_it, or profile."
 
 # %% ../nbs/04_finder.ipynb #dd546550
 @patch

@@ -44,14 +44,24 @@ def average(
     if len(known) < max(len(stats)/2, 1): return None
     return round_bs(known.noise_scale.mean(), _most(stats))
 
+_hardly = 1.05  # times as long is hardly longer: half the examples for the same loss are worth it
+
+def _quickest(
+    stats, # Measurements of a mock training, with the time of steps in `attrs`
+    reach:float=1., # Multiple of the largest batch size that was timed, beyond which nothing is suggested
+):
+    "The smallest batch size that takes hardly longer than the quickest"
+    table = bs_table(stats) if critical(stats) else None
+    if table is None: return None
+    most = reach*max(stats.attrs.get('step_time', ()), default=0)
+    time = table.time[(table.index <= most) & ~table.fits.str.startswith('accumulate')].dropna()
+    return int(time.index[time <= _hardly*time.min()].min()) if len(time) else None
+
 def fastest(
     stats:pd.DataFrame, # Measurements of a mock training, a row each: `learn.recorder.bs_stats`
 ) -> int|None: # A batch size; `None` where the noise scale, or the time of a step, is not known
-    "The batch size that should reach the same loss in the shortest time on this machine"
-    if critical(stats) is None: return None
-    table = bs_table(stats)
-    time = () if table is None else table.time[~table.fits.str.startswith('accumulate')].dropna()
-    return int(time.idxmin()) if len(time) else None
+    "The batch size that should reach the same loss in the shortest time on this machine, or hardly longer with fewer examples; never larger than those that were timed"
+    return _quickest(stats)
 
 mk_class('BSSuggestion', **{f.__name__.capitalize():f for f in (critical, fastest, average)},
          doc="All suggestion functions as attributes, for tab-completion")
@@ -98,7 +108,9 @@ def _gain_in_words(stats, bs):
     if bs0/1.25 < bs < 1.25*bs0 or row.time > .95: return f"On this machine, no batch size should be much faster than bs={bs0}."
     def range_(q):
         if bs > bs0 and mean_noise_scale(stats)[2] == math.inf: return f" (at most {_ratio(row[f'{q}_hi'])})"
-        return f" ({_ratio(row[f'{q}_lo'])}-{_ratio(row[f'{q}_hi'])})" if q == 'time' and row.time_lo != row.time_hi else ''
+        wide = q == 'time' and row.time_lo != row.time_hi or row[f'{q}_hi'] > 2*row[f'{q}_lo']
+        return f" ({_ratio(row[f'{q}_lo'])}-{_ratio(row[f'{q}_hi'])})" if wide else ''
+    if row.time_hi > 1: return f"{_bs(stats.attrs, bs)} may reach the same loss in {_ratio(row.time)} of the time of bs={bs0}{range_('time')}, but the interval is too wide to rely on it: {_more(stats)}."
     times = f"{_ratio(row.examples)} times the"
     return f"{_bs(stats.attrs, bs)} should reach the same loss in {_ratio(row.time)} of the time of bs={bs0}{range_('time')}, seeing {times} examples{range_('examples')}: use lr≈{_lr(row.lr)}, about {times} epochs."
 
@@ -112,6 +124,17 @@ def _steps_in_words(stats, bs):
     if hi == math.inf: return f"Nothing speaks against bs={bs0} so far."
     if bs > bs0/1.25: return f"bs={bs0} is about right: larger batches mostly burn compute, smaller ones mostly cost steps."
     return f"{_bs(stats.attrs, bs)} should reach the same loss with {about} {examples} of the examples of bs={bs0}, in {about} {steps} times as many steps."
+
+_few_steps = 20
+
+def _few_steps_in_words(stats, bs):
+    "A warning, where the advice leaves few steps of what was an epoch"
+    a = stats.attrs
+    if not a.get('n') or bs <= a['bs']: return
+    k = a['n']/a['bs']*rel_steps(bs, a['bs'], mean_noise_scale(stats)[0])
+    if k >= _few_steps: return
+    what = "a schedule and batch-norm's averages need" if a.get('batch_norm') else 'a schedule needs'
+    return f"That leaves about {_num(max(k, 1))} step{'s' if k >= 1.5 else ''} of what is an epoch with bs={a['bs']}, and {what} a hundred or so: train for that long, or take a smaller batch."
 
 def _limit_in_words(stats):
     last,most,n = noise_in_use(stats).iloc[-1],_most(stats),stats.attrs.get('n')
@@ -130,13 +153,13 @@ def bs_summary(
     res = [_noise_scale_in_words(stats)]
     if stats.attrs.get('stopped'): res.insert(0, stats.attrs['stopped'])
     if stats.attrs.get('step_every_batch'): res.append("This is a biased number, for comparison only: every batch stepped.")
-    elif stats.attrs.get('diverged'): pass
+    elif stats.attrs.get('diverged') or len(stats) and not noise_in_use(stats).hi.iloc[-1] > 0: pass  # nothing to rely on
     elif len(stats) and stats.loss.iloc[-1] - (first := stats.attrs.get('first_loss', stats.loss.iloc[0])) > abs(first):
         res.append(f"The training loss rose from {first:.3g} to {stats.loss.iloc[-1]:.3g}: lower lr, the noise scale belongs to a training that works.")
     elif bs := critical(stats):
         quickest = fastest(stats)
         res.append(_gain_in_words(stats, quickest) if quickest else _steps_in_words(stats, bs))
-        res += [o for o in (stats.attrs.get('profile_note'), _limit_in_words(stats)) if o]
+        res += [o for o in (_few_steps_in_words(stats, quickest or bs), stats.attrs.get('profile_note'), _limit_in_words(stats)) if o]
         if stats.attrs.get('batch_norm') and stats.attrs['bs'] < _small_bs: res.append(
             f"With batch-norm this number belongs to bs={stats.attrs['bs']}: larger batches can give a larger one, so measure again at the batch size that you will train with.")
     return ' '.join(res)

@@ -61,7 +61,7 @@ def test_the_share_of_the_time_is_kept(clock, share):
     quiet(learn, .1, 400, profile=share)
     measuring = sum(.01 + 1e-4*b for b in log[:400])
     profile = Clock.now - measuring
-    assert .25*share*measuring < profile <= share*measuring + (.01 + 1e-4*512)
+    assert .2*share*measuring < profile <= share*measuring + (.01 + 1e-4*512)
     assert fastest(learn.recorder.bs_stats) in learn.recorder.bs_stats.attrs['step_time']   # the answer itself was timed
 
 
@@ -75,7 +75,7 @@ def test_profile_false_takes_no_step_more(clock):
 
 def test_a_run_too_short_says_so(clock):
     learn = digits_learner(cbs=Takes(.01, 1e-4))
-    assert quiet(learn, .1, 20).fastest is None
+    assert quiet(learn, .1, 60, profile=.01).fastest is None
     assert 'the run is too short to try them' in bs_summary(learn.recorder.bs_stats)
 
 
