@@ -10,12 +10,14 @@ __all__ = ['trainers', 'is_distributed', 'n_local_processes', 'unwrap', 'by_itse
 import os, sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from zlib import crc32
 
 import torch, torch.distributed as dist
 from torch import LongTensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from torch.nn.parallel import DistributedDataParallel
 from fastai.learner import Learner
+from fastai.torch_core import num_distrib
 from .snapshot import _CtrlC
 
 # %% ../nbs/17_distributed.ipynb #803468be
@@ -141,6 +143,15 @@ class Processes:
         xs[self.rank] = x
         return self.sum(xs).tolist()
 
+    def same(self,
+        what:str, # What they are about to do
+        **kwargs, # What they are to do it with
+    ):
+        "Meet, and raise `ValueError` where not all processes were given the same"
+        self.meet()
+        if len(set(self.gather(crc32(repr(kwargs).encode())))) == 1: return
+        raise ValueError(f"The processes call {what} with different arguments, rank {self.rank} with {', '.join(f'{k}={v!r}' for k,v in kwargs.items())}: give all of them the same")
+
     def agree(self,
         x:float, # A number of this process
         how=min, # What to make of the numbers of all
@@ -238,7 +249,9 @@ def _ctrl_c_at_meetings():
 def together(
     learn:Learner, # The learner that is used in the block
 ) -> Iterator[Processes]: # The processes that do it together
-    "What fails in one process fails in all"
+    "What fails in one process fails in all. Raises `ValueError` where there are several that are not connected yet"
+    if num_distrib() > 1 and not dist.is_initialized():
+        raise ValueError(f"WORLD_SIZE says that there are {num_distrib()} processes, but they are not connected yet: do this inside of learn.distrib_ctx()")
     unwrap(learn)
     processes = Processes(learn)
     with _ctrl_c_at_meetings() if processes.size > 1 else nullcontext():

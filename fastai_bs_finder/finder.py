@@ -27,7 +27,7 @@ from .geometry import HessianSums, OptMeter, _columns
 from .layers import layer_table
 from .memory import estimate_memory, _warm_up
 from .noise import GradSums, Noise, NoiseAverage
-from .steps import len_or_none, loss_scale, mock_training, n_examples, n_train_examples, profile_steps, set_gradients, LockStep, Passes, _check_empty, _check_model, _whole
+from .steps import batch_size, len_or_none, loss_scale, mock_training, n_examples, n_train_examples, profile_steps, set_gradients, LockStep, Passes, _check_empty, _check_model, _whole
 from .predict import bs_table, _say
 from .suggest import bs_summary, critical, fastest, _quickest
 
@@ -89,7 +89,7 @@ class BSFinder(LockStep):
 
     def _check_loss(self):
         "Stop where the loss is not finite"
-        if not torch.isfinite(self.learn.loss.detach()).all(): self._stop(_not_finite if self._steps else _never_finite)
+        if not torch.isfinite(self.learn.loss.detach()).all(): self._stop(_not_finite if self._spent and self._steps else _never_finite)
 
     def after_loss(self):
         if not self._spent: self._first_loss = self.learn.loss.detach().mean()
@@ -185,7 +185,7 @@ def _complete(self:BSFinder, bs, loss_scale):
     row = dict(batch=self._spent + 1, step=self._steps, samples=self._seen + bs*self.processes.size, loss=loss) | self._meter.columns()
     self._rows.append(row | (_columns(self._full_average, 'full_') if self.hessian else {}))
     noise_scale,lo,hi = (row[f'opt_{c}'] for c in ('noise_scale', 'lo', 'hi'))
-    if self.pbar and not math.isnan(hi): self.pbar.comment = f'noise scale at least {lo:.0f}' if hi == math.inf else f'noise scale {noise_scale:.0f}'
+    if self.pbar and (hi < math.inf or hi == math.inf and lo >= 1): self.pbar.comment = f'noise scale at least {lo:.0f}' if hi == math.inf else f'noise scale {noise_scale:.0f}'
     if not self.step_every_batch:
         set_gradients(self._meter.params, mean)
 
@@ -241,6 +241,14 @@ def _check_loader(dl, num_it):
     if n is None and num_it is None: raise ValueError("num_it=None stands for one epoch, but the training loader has no length: give num_it, the number of batches to spend")
     _check_empty(dl)
     return n
+
+def _check_epoch(n_it, n_batch, least, bs):
+    "A measurement stays within an epoch"
+    if n_it is None or n_batch <= n_it: return
+    if not n_it: raise ValueError(f"An epoch of a process is less than a batch of bs={bs}, and drop_last leaves that out: lower bs, or set drop_last=False")
+    ways,smaller = [f"lower n_batch to {n_it} or less"]*(n_it >= least),bs and bs*n_it//(3*n_batch)
+    ways.append("measure with smaller batches" + (f", bs={smaller} for example" if smaller and smaller > 1 else ''))
+    raise ValueError(f"n_batch={n_batch} is more than the {n_it} batch{'es' if n_it > 1 else ''} of an epoch, and a measurement stays within one: {', or '.join(ways)}")
 
 def _check_learner(learn):
     if not hasattr(learn, 'recorder'): raise ValueError("The learner has no Recorder to put the result in: add fastai's default callback, learn.add_cb(Recorder())")
@@ -323,14 +331,15 @@ def bs_find(self:Learner,
         names,share = _names(funcs),_share(profile)
         _check_learner(self)
         if hessian and any(isinstance(o, (MixedPrecision, NonNativeMixedPrecision)) for o in self.cbs): raise ValueError("hessian=True needs full precision: remove mixed precision for it, learn.to_fp32(), or leave hessian at False")
-        if processes.size == 1: _whole('n_batch', n_batch, 2)
-        elif step_every_batch: raise ValueError("step_every_batch=True compares with older tools, which work in a single process: leave it at False, or call bs_find outside of distrib_ctx")
+        least = 2 if processes.size == 1 else 1
+        _whole('n_batch', n_batch, least)
+        if processes.size > 1 and step_every_batch: raise ValueError("step_every_batch=True compares with older tools, which work in a single process: leave it at False, or call bs_find outside of distrib_ctx")
         n_epoch_it = _check_loader(self.dls.train, num_it)
         shortest = processes.agree(processes.batches(self.dls.train) if n_epoch_it else math.inf)
         n_epoch_it = None if shortest == math.inf else int(shortest)
+        processes.same('bs_find', lr=lr, num_it=num_it, n_batch=n_batch, beta=beta, n_train=n_train, suggest_funcs=names, profile=share, hessian=hessian)
+        _check_epoch(n_epoch_it, n_batch, least, batch_size(self.dls.train))
         cb = BSFinder(n_epoch_it if num_it is None else num_it, n_batch, beta, n_train, step_every_batch, hessian=hessian)
-        if n_epoch_it and n_batch > n_epoch_it:
-            raise ValueError(f"n_batch={n_batch} is more than the {n_epoch_it} batches of an epoch, and a measurement stays within one: lower n_batch to {max(n_epoch_it, 2)} or less, or measure with smaller batches")
         bar = progress.progress_bar(range(cb.num_it), leave=False) if processes.rank == 0 and any(isinstance(o, progress.ProgressCallback) for o in self.cbs) else None
         try:
             with mock_training(self):
@@ -351,7 +360,9 @@ def bs_find(self:Learner,
         self.recorder.bs_stats,self.recorder.bs_table = stats,bs_table(stats)
         self.recorder.bs_layers = layer_table(self.model, cb._meter.params, np.reshape(cb.parts, (-1, 2, len(cb._meter.params))), beta)
         if stats.attrs.get('max_bs'): self.recorder.bs_fits = processes.share(stats.attrs['max_bs'])
-        for name,f in zip(names, funcs): stats.attrs['suggested'][name] = f(stats)
+        suggested = {name: f(stats) for name,f in zip(names, funcs)}
+        processes.meet()
+        stats.attrs['suggested'] = processes.first(suggested)
     if processes.rank == 0: _say(self, bs_summary(stats))
     if processes.rank == 0 and show_plot and len(stats): self.recorder.plot_bs_find()
     return namedtuple('SuggestedBS', names)(**stats.attrs['suggested'])

@@ -26,7 +26,12 @@ def _show_once(fig):
 # %% ../nbs/03_plot.ipynb #d442bdd6
 _colors = plt.rcParamsDefault['axes.prop_cycle'].by_key()['color'][1:]
 
-def _suggested(stats): return {k:v for k,v in stats.attrs['suggested'].items() if isinstance(v, Real) and v > 0}
+def _suggested(stats):
+    "What was suggested, and by which functions"
+    by_size = {}
+    for name,v in stats.attrs['suggested'].items():
+        if isinstance(v, Real) and v > 0: by_size.setdefault(v, []).append(name)
+    return {', '.join(names): v for v,names in by_size.items()}
 
 def _plot_noise(stats, ax):
     x,bs,suggested = noise_in_use(stats),stats.attrs['bs'],_suggested(stats)

@@ -79,7 +79,8 @@ def _more(stats):
 def _bs(attrs, bs):
     "A batch size, and what each process takes of it"
     k = attrs.get('processes', 1)
-    return f"bs={bs}" if k == 1 else f"bs={bs} ({k} processes × {-(-bs//k)})"
+    each = -(-bs//k)
+    return f"bs={bs}" if k == 1 else f"bs={bs} ({k} processes × {each}{f', {k*each} in all' if k*each != bs else ''})"
 
 def _noise_scale_in_words(stats):
     a = stats.attrs

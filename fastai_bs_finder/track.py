@@ -82,7 +82,7 @@ class NoiseScale(_AsideCallback):
         self._release()
 
     def after_fit(self):
-        measured = self._meter is not None and len(self._rows) > 0
+        measured = self._meter is not None and len(self._rows) > 0 and self._processes.rank == 0
         self.tidy()
         if measured: _say(self.learn, self._in_words())
 

@@ -53,7 +53,7 @@ def test_help(tmp_path):
     (['--out', 'nowhere/x.png'], 'there is no folder nowhere'),
     (['--out', 'x.xls'], 'x.xls does not end in .png'),
     (['--seed', '-1'], 'argument --seed: -1 is not between 0 and'),
-    (['--bs', '1500'], 'n_batch=10 is more than the 1 batches of an epoch'),
+    (['--bs', '1500'], 'n_batch=10 is more than the 1 batch of an epoch'),
     (['--out', '.'], 'argument --out: . is a folder'),
     (['--what'], 'unrecognized arguments: --what'),
 ])

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from sklearn.datasets import load_digits
 from fastai.basics import Callback, CancelBatchException, CancelEpochException, CancelFitException, CancelStepException, CancelTrainException, CrossEntropyLossFlat, DataLoader, DataLoaders, Learner, SGD, Adam, accuracy
-from fastai.callback.all import GradientAccumulation, GradientClip, ProgressCallback
+from fastai.callback.all import CSVLogger, GradientAccumulation, GradientClip, ProgressCallback
 from fastai_bs_finder.all import *
 from fastai_bs_finder.distributed import is_distributed, Processes
 from fastai_bs_finder.set_bs import known_fits
@@ -146,9 +146,9 @@ def find_with_trouble(kind, rank, ats):
 @pytest.mark.parametrize('kind', ('exception', 'interrupt', 'nan'))
 def test_trouble_in_one_process_ends_all(kind, tmp_path):
     ranks = run_processes(tmp_path, 2, lambda rank: find_with_trouble(kind, rank, (0, 11, 23)))
-    for (first,changed),(second,changed_too) in zip(*ranks):
+    for i,((first,changed),(second,changed_too)) in enumerate(zip(*ranks)):
         assert not changed and not changed_too
-        if kind == 'nan': assert first == second and 'the loss is not finite: lower lr (rank 1)' in first
+        if kind == 'nan': assert first == second and ('the loss is not finite: lower lr (rank 1)' if i else 'no step was made yet: look for missing or infinite values in the data (rank 1)') in first
         else:
             said = {'exception': 'the cat sat on the cable', 'interrupt': 'KeyboardInterrupt'}[kind]
             assert said in first and 'Rank 1 of 2 failed' in first and said in second and 'Rank' not in second
@@ -520,3 +520,58 @@ def test_after_a_training_that_broke_off(inside, tmp_path):
         return find(learn)
     left = ('DataLoader', 'Sequential') if inside else ('DistributedDL', 'DistributedDataParallel')
     assert run_processes(tmp_path, 2, f) == [(n, int, n, True, *left)]*2
+
+
+def test_arguments_that_differ(tmp_path):
+    def f(learn, rank):
+        res = []
+        for kwargs in (dict(n_batch=3 + rank), dict(n_batch=3, lr=.1 + rank), dict(n_batch=3, profile=not rank), dict(n_batch=3, num_it=40 + rank)):
+            try: learn.bs_find(show_plot=False, **dict(num_it=40) | kwargs)
+            except ValueError as e: res.append(str(e))
+        def mine(stats): return 10 + rank
+        return res,learn.bs_find(num_it=40, n_batch=3, show_plot=False, profile=False, suggest_funcs=mine)[0]
+    for rank,(said,suggested) in enumerate(run_processes(tmp_path, 2, lambda rank: together(rank, f))):
+        assert len(said) == 4 and all('The processes call bs_find with different arguments' in s for s in said) and f'n_batch={3 + rank},' in said[0]
+        assert suggested == 10
+
+
+@pytest.mark.parametrize('size,bs,kwargs,msg', [(16, 8, dict(n_batch=2), 'more than the 1 batch of an epoch, and a measurement stays within one: lower n_batch to 1 or less, or measure with smaller batches$'),
+                                                (640, 32, dict(n_batch=20), 'lower n_batch to 10 or less, or measure with smaller batches, bs=5 for example'), (20, 16, {}, 'less than a batch of bs=16, and drop_last leaves that out')])
+def test_epochs_that_are_too_short(size, bs, kwargs, msg, tmp_path):
+    def f(rank):
+        learn = digits(range(size), bs)
+        learn.dls.train.drop_last = size < 2*bs
+        with learn.distrib_ctx(sync_bn=False):
+            try: learn.bs_find(show_plot=False, **kwargs)
+            except ValueError as e: return str(e)
+    for said in run_processes(tmp_path, 2, f): assert re.search(msg, said), said
+
+
+def test_before_the_processes_are_connected(tmp_path):
+    def f(rank):
+        res = []
+        for call in (digits().bs_find, digits().max_bs):
+            try: call()
+            except ValueError as e: res.append(str(e))
+        return res
+    for said in run_processes(tmp_path, 2, f): assert len(said) == 2 and all('do this inside of learn.distrib_ctx()' in s for s in said)
+
+
+def test_only_the_first_process_speaks(tmp_path):
+    def f(learn, rank):
+        learn.fit(2, cbs=[NoiseScale(share=None), CSVLogger(tmp_path/f'{rank}.csv')])
+        learn.bs_find(num_it=40, n_batch=3, show_plot=False)
+        print('end')
+    run_processes(tmp_path, 2, lambda rank: together(rank, f))
+    assert 'of the noise scale' in printed(tmp_path, 0) and 'The noise scale is' in printed(tmp_path, 0)
+    assert 'noise scale' not in printed(tmp_path, 1)
+
+
+def test_a_number_of_processes_that_does_not_divide_the_batch_size(tmp_path):
+    def f(learn, rank):
+        sug = learn.bs_find(num_it=120, n_batch=3, show_plot=False, profile=False, suggest_funcs=critical)
+        learn.set_bs(sug)
+        return sug.critical,learn.dls.train.bs
+    critical_,each = run_processes(tmp_path, 3, lambda rank: together(rank, f))[0]
+    assert each == -(-critical_//3)
+    assert f'bs={critical_} (3 processes × {each}' + (f', {3*each} in all)' if critical_ % 3 else ')') in printed(tmp_path, 0)

@@ -77,7 +77,7 @@ def test_nothing_remains(break_it, error, kind, at, fastai_data):
     if error:
         with pytest.raises(error): find(learn)
     else: assert find(learn).critical is None or at > first
-    assert multiprocessing.active_children() == processes
+    assert not set(multiprocessing.active_children()) - set(processes)  # others may have ended meanwhile
     forget(learn)
     assert changes(was, state(learn)) == []
     learn.fit(1, lr)

@@ -639,7 +639,7 @@ def no_target(learn): learn.dls.train.after_batch = lambda b: (b[0],)
     (dict(num_it=5), None, r'num_it=5 is less than one measurement of n_batch=10 batches: raise num_it to 10 or more'),
     (dict(num_it=0), None, r'num_it=0 is not a whole number'),
     (dict(num_it='all'), None, r"num_it='all' is not a whole number"),
-    (dict(n_batch=100), None, r'num_it=94 is less than one measurement of n_batch=100'),
+    (dict(n_batch=100), None, r'n_batch=100 is more than the 94 batches of an epoch'),
     (dict(beta=1), None, r'beta=1 is not in \[0, 1\)'),
     (dict(beta=-.1), None, r'beta=-0.1 is not in \[0, 1\)'),
     (dict(beta=nan), None, r'beta=nan is not in \[0, 1\)'),
