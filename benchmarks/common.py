@@ -1,5 +1,5 @@
 "The learner that the benchmarks measure, and what they print of the machine"
-import os, platform, weakref
+import os, platform, re, weakref
 from datetime import date
 from pathlib import Path
 
@@ -82,6 +82,11 @@ def write_page(
     (here/f'{name}.md').write_text(f'# {title}\n\n{machine()}. {made}\n\n## In short\n\n{items(in_short)}\n\n## Where it loses\n\n{items(loses)}\n' + f'\n{more.strip()}\n'*bool(more))
 
 
+def _processor():
+    try: return re.search(r'^model name\s*: (.*)$', Path('/proc/cpuinfo').read_text(), re.M)[1]
+    except (OSError, TypeError): return platform.processor() or platform.machine()
+
+
 def machine():
-    return (f'{date.today()}, {os.cpu_count()} cores ({platform.machine()}), Python {platform.python_version()}, torch {torch.__version__} with '
-            f'{torch.get_num_threads()} threads, fastai {fastai.__version__}')
+    return (f'{date.today()}, {os.cpu_count()} cores ({_processor()}), Python {platform.python_version()}, torch {torch.__version__}, '
+            f'threads: {torch.get_num_threads()}, fastai {fastai.__version__}')

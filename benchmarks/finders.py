@@ -231,10 +231,9 @@ def main():
     def share(name): return span(name, 'of_largest', '{:.0%}'.format)
     def number(name, q): return span(name, q, '{:.0f}'.format)
     ours,theirs = df[df.finder.str.startswith('max_bs')],df[~df.finder.str.startswith('max_bs')]
-    quickest = df.loc[df.groupby('task', sort=False).seconds.idxmin()]
     nearest = df[df.fits == 'yes'].pipe(lambda d: d.loc[d.groupby('task', sort=False).of_largest.idxmax()])
     def winners(d): return '; '.join(f'{r.task}: {r.finder}' for r in d.itertuples())
-    lightning_said = (f"Lightning's power mode gives a power of two, {share('Lightning, power')} of the largest, after {number('Lightning, power', 'ooms')} error(s); binsearch takes 5 % off what it finds and gives {share('Lightning, binsearch')}, after {number('Lightning, binsearch', 'ooms')}. "
+    lightning_said = (f"Lightning's power mode gives a power of two, {share('Lightning, power')} of the largest, after {number('Lightning, power', 'ooms')} out-of-memory events; binsearch takes 5 % off what it finds and gives {share('Lightning, binsearch')}, after {number('Lightning, binsearch', 'ooms')}. "
                       "Both save the model to a file and load it again.") if pl else "Lightning is not installed here, so its finder was left out: `pip install lightning`."
     ran_out = ours[ours.ooms > 0].task.unique()
     off_line = f" It ran out at: {', '.join(ran_out)}. There the memory is no line in the batch size, or not all of a step is seen in small ones." if len(ran_out) else ''
@@ -249,9 +248,8 @@ def main():
         [f"`max_bs()` ran out of memory {number('max_bs()', 'ooms')} times, the others {theirs.ooms.min():.0f} to {theirs.ooms.max():.0f} times.{off_line}",
          f"It leaves a tenth of the memory free (`margin=.9`) and gives {share('max_bs()')} of the largest; `margin=1` gives {share('max_bs(margin=1)')}, with {number('max_bs(margin=1)', 'ooms')} errors.",
          lightning_said,
-         f"Accelerate's `find_executable_batch_size` goes down from where it is told to start, by a tenth each time: {share(f'Accelerate, from {start}')} of the largest, after {number(f'Accelerate, from {start}', 'ooms')} errors. Started below the limit it keeps what it was given.",
-         f"The quickest: {winners(quickest)}."],
-        [f"Who wants the very largest does better with something else than `max_bs()` as it is. The nearest to the largest of those that fit: {winners(nearest)}.",
+         f"Accelerate's `find_executable_batch_size` goes down from where it is told to start, by a tenth each time: {share(f'Accelerate, from {start}')} of the largest, after {number(f'Accelerate, from {start}', 'ooms')} errors. Started below the limit it keeps what it was given."],
+        [f"`max_bs()` as it is does not give the very largest. The nearest to it of those that fit: {winners(nearest)}.",
          f"Less fits in fastai's own training loop than in the others: {loops} ({', '.join(dict.fromkeys('fastai' if 'max_bs' in f else f.split(',')[0].replace('Accelerate', 'a plain loop') for f in finders))}; two figures where the last two agree). A share says how good a finder is, not how much a loop can hold.",
          "Accelerate's is the simplest of all: it needs no loader that can be re-batched, and works for any function."],
         f"""`steps` are training steps that were begun, `examples` what went into them, `ooms` the times that memory ran out, `of_largest` the batch size found as a share of the largest that trains.

@@ -18,7 +18,7 @@ def seconds(f):
 def main():
     p = argparse.ArgumentParser(description=__doc__)
     p.add_argument('--num-it', type=int, default=60, help='batches per run')
-    p.add_argument('--rounds', type=int, default=5, help='rounds in which every way runs once')
+    p.add_argument('--rounds', type=int, default=9, help='rounds in which every way runs once')
     args = p.parse_args()
     learn = mlp_learner(args.num_it)
     def find(n_train=None, profile=True): return lambda: learn.bs_find(1e-3, n_train=n_train, show_plot=False, profile=profile)
@@ -38,7 +38,7 @@ def main():
     over = [f'`{way}` takes {times["median"][way]:.2f} of the time of `fit`, {bound} was wanted.' for way,bound in bounds.items() if times['median'][way] > bound]
     over += [f'With n_batch={k} it takes {m:.2f} gradients of memory, {most} were wanted.' for k,m in memory.items() if m > most]
     write_page('overhead', 'What it costs', f"""Made by `benchmarks/overhead.py`: an MLP of {sum(p.numel() for p in params)/1e6:.1f} million parameters with Adam at batch size 64, {args.num_it} batches, {args.rounds} rounds in turn; a plain `fit` takes {took.fit.median():.2f} s. Both finders include the snapshot and putting everything back.""",
-        [f"`bs_find()` takes {times['median']['bs_find()']:.2f} of the time of a `fit` of as many batches, its profile included, and {times['median']['bs_find(profile=False)']:.2f} without it. A measurement takes one optimizer step for `n_batch` batches, and costs a pass over the gradients per batch for the noise scale in the optimizer's metric.",
+        [f"`bs_find()` takes {times['median']['bs_find()']:.2f} of the time of a `fit` of as many batches, its profile included, and {times['median']['bs_find(profile=False)']:.2f} without it, by medians of {args.rounds} rounds; differences of a tenth are within the noise, see the table. A measurement takes one optimizer step for `n_batch` batches, and costs a pass over the gradients per batch for the noise scale in the optimizer's metric.",
          f"Beyond weights, gradients, optimizer and snapshot it needs the memory of {max(memory.values()):.2f} gradients at most, whatever `n_batch` is."],
         over or ['Nowhere, measured against what was wanted.'],
         f"""| time, relative to `fit` | wanted | median | least | most |
