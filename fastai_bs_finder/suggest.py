@@ -95,7 +95,8 @@ def _noise_scale_in_words(stats):
                    "either the training set is fitted and no gradient is left, or its batches are not drawn at random (shuffle the loader)")
             return f"The noise scale cannot be told: |G|² came out negative, and not by chance; {why}."
         what = f'about {_num(last.noise_scale)} examples' if critical(stats) else 'not known yet'
-        few = (f"{n} measurement{'s are' if n > 1 else ' is'} too few to say how sure that is: spend more batches (num_it={10*(a['n_batch'] + a['n_train'])})"
+        fewer = max(a['n_batch']//a.get('processes', 1), 1)  # the gradients of the processes are batches, too
+        few = (f"{n} measurement{'s are' if n > 1 else ' is'} too few to say how sure that is: spend more batches (num_it={10*(a['n_batch'] + a['n_train'])})" + (f", or fewer per measurement (n_batch={fewer})" if fewer < a['n_batch'] else '')
                if n < 3 else f"beta={a['beta']} keeps too few of the {n} measurements to say how sure that is: raise beta, to 0.9 for example")
         return f"The noise scale is {what}, {where}. {few}."
     if last.hi < math.inf: return f"The noise scale is {_num(last.noise_scale)} examples (95% interval {_num(last.lo)} to {_num(last.hi)}), {where}."

@@ -162,3 +162,11 @@ def test_words(stats, words):
 def test_no_advice_from_what_nobody_is_sure_of(rows):
     said = bs_summary(measured(*rows, step_time=linear))
     assert 'too few to say how sure that is' in said and 'same loss' not in said
+
+
+def test_several_processes_need_fewer_batches_each():
+    assert bs_summary(measured((400, nan, nan), processes=4)).endswith('spend more batches (num_it=200), or fewer per measurement (n_batch=2).')
+    assert 'fewer' not in bs_summary(measured((400, nan, nan)))
+    few = bs_summary(measured(*known, bs=60, processes=4, step_time={60: .01, 250: .011}))
+    assert 'bs=60 (4 processes × 15)' in few and 'bs=192 (4 processes × 48)' in few
+    assert 'bs=64 (3 processes × 22, 66 in all)' in bs_summary(measured(*known, bs=64, processes=3))
