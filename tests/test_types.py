@@ -6,7 +6,7 @@ import fastai_bs_finder
 
 root = Path(__file__).parents[1]
 uses = """
-from typing import assert_type
+from typing_extensions import assert_type  # in `typing` from Python 3.11 on
 import numpy as np, pandas as pd, torch
 from fastai_bs_finder.all import *
 
