@@ -79,6 +79,20 @@ def test_a_run_too_short_says_so(clock):
     assert 'the run is too short to try them' in bs_summary(learn.recorder.bs_stats)
 
 
+@pytest.mark.parametrize('profile,asked', [(.03, False), (1., True)])
+def test_times_that_are_the_same_by_chance_do_not_make_the_training_set_the_fastest_batch(clock, profile, asked):
+    "Sizes are tried by steps of four times at most, and what was not tried is not suggested"
+    class Busy(Callback):
+        def after_pred(self): Clock.now += .02*(len(self.yb[0]) == 16)
+    log = []
+    learn = digits_learner(cbs=[Takes(.01, 3e-4, log), Busy])
+    sug = quiet(learn, .1, 400, profile=profile)
+    stats = learn.recorder.bs_stats
+    timed = sorted(stats.attrs['step_time'])
+    assert sug.fastest <= timed[-1] and all(b <= 4*a for a,b in zip(timed, timed[1:])) and (256 in timed) == asked
+    assert ('Larger batches may be faster still, but there was no time to try them: raise num_it, or profile' in bs_summary(stats)) != asked
+
+
 @pytest.mark.parametrize('profile', ['yes', -1, math.nan, math.inf, None])
 def test_bad_shares(profile):
     with pytest.raises(ValueError, match=r'profile=.* is not True, False or a share'): quiet(digits_learner(), .1, 40, profile=profile)
