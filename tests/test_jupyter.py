@@ -11,7 +11,7 @@ from fastai_bs_finder.demo import digits_learner
 
 tests = Path(__file__).parent
 tutorial = tests.parent/'nbs/index.ipynb'
-make,find,answer = [o.source for o in nbformat.read(tutorial, 4).cells if o.cell_type == 'code'][:3]
+(make,find),answer = [o.source for o in nbformat.read(tutorial, 4).cells if o.cell_type == 'code'][:2],'sug'
 chromium = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
 flags = '--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync'
 
