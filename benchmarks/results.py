@@ -12,18 +12,18 @@ pages = 'accuracy', 'prediction', 'scaling', 'overhead', 'finders', 'growing', '
 
 
 def page(name):
-    "Title, machine and date, and the two sections that are taken along"
+    "Title, machine and date, and what is taken along: two sections, the first picture with its caption, the first table"
     text = (here/f'{name}.md').read_text()
     title,machine = re.match(r'# (.*)\n\n(.*?)\. Made by', text).groups()
     short,loses = (re.search(rf'^## {s}\n\n((?:- .*\n)+)', text, re.M)[1].strip() for s in ('In short', 'Where it loses'))
-    picture = re.search(r'^!\[.*\]\(.*\)$', text, re.M)
-    return title,machine,short,loses,picture[0] if picture else ''
+    picture,table = re.search(r'^!\[.*\]\(.*\)$(\n\n\w.*)?', text, re.M),re.search(r'^\|.*\n\|[-:| ]+\n(\|.*\n)+', text, re.M)
+    return title,machine,short,loses,*(o[0].strip() if o else '' for o in (picture, table))
 
 
 def main():
     found = {name: page(name) for name in pages}
-    parts = [f'## [{title}]({name}.md)\n\n{short}\n\n{picture}\n\n{machine}'.replace('\n\n\n', '\n') for name,(title,machine,short,_,picture) in found.items()]
-    lost = [f'**[{title}]({name}.md)**\n\n{loses}' for name,(title,_,_,loses,_) in found.items()]
+    parts = ['\n\n'.join(filter(None, [f'## [{title}]({name}.md)', short, picture, table, machine])) for name,(title,machine,short,_,picture,table) in found.items()]
+    lost = [f'**[{title}]({name}.md)**\n\n{loses}' for name,(title,_,_,loses,*_) in found.items()]
     (here/'README.md').write_text('\n\n'.join([intro, *parts, '## Where it loses', *lost]) + '\n')
 
 
