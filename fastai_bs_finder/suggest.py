@@ -44,23 +44,21 @@ def average(
     if len(known) < max(len(stats)/2, 1): return None
     return round_bs(known.noise_scale.mean(), _most(stats))
 
-_hardly = 1.05  # times as long is hardly longer: half the examples for the same loss are worth it
-
 def _quickest(
     stats, # Measurements of a mock training, with the time of steps in `attrs`
     reach:float=1., # Multiple of the largest batch size that was timed, beyond which nothing is suggested
 ):
-    "The smallest batch size that takes hardly longer than the quickest"
+    "The batch size with the shortest predicted time"
     table = bs_table(stats) if critical(stats) else None
     if table is None: return None
     most = reach*max(stats.attrs.get('step_time', ()), default=0)
     time = table.time[(table.index <= most) & ~table.fits.str.startswith('accumulate')].dropna()
-    return int(time.index[time <= _hardly*time.min()].min()) if len(time) else None
+    return int(time.idxmin()) if len(time) else None
 
 def fastest(
     stats:pd.DataFrame, # Measurements of a mock training, a row each: `learn.recorder.bs_stats`
 ) -> int|None: # A batch size; `None` where the noise scale, or the time of a step, is not known
-    "The batch size that should reach the same loss in the shortest time on this machine, or hardly longer with fewer examples; never larger than those that were timed"
+    "The batch size that should reach the same loss in the shortest time on this machine; never larger than those that were timed"
     return _quickest(stats)
 
 mk_class('BSSuggestion', **{f.__name__.capitalize():f for f in (critical, fastest, average)},

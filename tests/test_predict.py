@@ -112,12 +112,12 @@ def test_the_table_reads_well():
 
 
 @given(st.floats(5, 5e4), st.floats(1e-4, .1), st.floats(1e-6, 1e-3), st.sampled_from([16, 64, 256]), st.integers(3000, 10**6))
-def test_fastest_is_near_the_geometric_mean_of_noise_scale_and_half_throughput(B, overhead, cost, bs, n):
+def test_fastest_is_the_geometric_mean_of_noise_scale_and_half_throughput(B, overhead, cost, bs, n):
     s = measured(*[(B, B, B)]*3, bs=bs, n=n, step_time={b: overhead + cost*b for b in (bs//4, bs, 4*bs, 2**20)})
     best,t = fastest(s),bs_table(s)
-    assert t.time[best] <= 1.05*t.time.min() and (t.time[t.index < best] > 1.05*t.time.min()).all()   # the smallest that takes hardly longer
+    assert t.time[best] == t.time.min()
     exact = (B*overhead/cost)**.5
-    if t.index[0] <= exact <= t.index[-1]: assert best <= exact*1.5*1.0001 and t.time.idxmin()/1.5 <= exact*1.0001 and exact <= t.time.idxmin()*1.5*1.0001
+    if t.index[0] <= exact <= t.index[-1]: assert best/1.5 <= exact*1.0001 and exact <= best*1.5*1.0001
 
 
 @pytest.mark.parametrize('step_time', ({64: .01}, {64: .01, 256: .01}, {64: .01, 256: .0101}, {16: .01, 64: .01, 1024: .01}))
@@ -138,19 +138,19 @@ def test_suggestions_stay_within_data_and_memory():
 
 
 @pytest.mark.parametrize('stats,words', [
-    (measured(*known, step_time=linear, max_bs=3000), "bs=192 should reach the same loss in 0.63 of the time of bs=64 (0.61-0.66), seeing 1.3 times the examples: use lr≈0.23, about 1.3 times the epochs."),
+    (measured(*known, step_time=linear, max_bs=3000), "bs=256 should reach the same loss in 0.61 of the time of bs=64 (0.58-0.65), seeing 1.4 times the examples: use lr≈0.28, about 1.4 times the epochs."),
     (measured(*[(6, 5, 7)]*3, step_time=linear), "On this machine, no batch size should be much faster than bs=64."),
-    (measured(*[(-5, 400, inf)]*3, step_time=linear), "bs=192 should reach the same loss in 0.63 of the time of bs=64 (at most 0.63), seeing 1.3 times the examples (at most 1.3)"),
-    (measured(*[(600, 200, inf)]*3, step_time=linear), "bs=256 should reach the same loss in 0.56 of the time of bs=64 (at most 0.75), seeing 1.3 times the examples (at most 1.7)"),
+    (measured(*[(-5, 400, inf)]*3, step_time=linear), "bs=256 should reach the same loss in 0.61 of the time of bs=64 (at most 0.61), seeing 1.4 times the examples (at most 1.4)"),
+    (measured(*[(600, 200, inf)]*3, step_time=linear), "bs=384 should reach the same loss in 0.55 of the time of bs=64 (at most 0.82), seeing 1.5 times the examples (at most 2.2)"),
     (measured(*known), "bs=512 should reach the same loss in about 0.25 of the steps of bs=64"),
     (measured(*known, profile_note="How fast other batch sizes are on this machine is not known, the loader does not listen."), "is not known, the loader does not listen."),
     (measured(*known, step_time=linear, max_bs=200), "A larger batch would do, but only about 200 examples fit in memory: accumulate the gradients of several."),
     (measured(*known, step_time=linear, n=200), "A larger batch would do, but the training set has only 200 examples."),
-    (measured(*known, step_time=linear, lr_given=slice(.01, .1)), "use lr≈slice(0.023, 0.23)"),
-    (measured(*[(300, 10, 9000)]*3, step_time=linear), "bs=192 may reach the same loss in 0.67 of the time of bs=64 (0.50-1.4), but the interval is too wide to rely on it: spend more batches (num_it=400)"),
+    (measured(*known, step_time=linear, lr_given=slice(.01, .1)), "use lr≈slice(0.028, 0.28)"),
+    (measured(*[(300, 10, 9000)]*3, step_time=linear), "bs=256 may reach the same loss in 0.66 of the time of bs=64 (0.44-1.6), but the interval is too wide to rely on it: spend more batches (num_it=400)"),
     (measured(*[(3000, 10, 20000)]*3, step_time={64: .01, 256: .01}), "in 0.27 of the time of bs=64 (0.25-0.90), seeing 1.1 times the examples (1.0-3.6): use"),
-    (measured(*known, step_time=linear, n=900), "That leaves about 6 steps of what is an epoch with bs=64, and a schedule needs a hundred or so"),
-    (measured(*known, step_time=linear, n=900, batch_norm=True), "That leaves about 6 steps of what is an epoch with bs=64, and a schedule and batch-norm's averages need a hundred"),
+    (measured(*known, step_time=linear, n=900), "That leaves about 5 steps of what is an epoch with bs=64, and a schedule needs a hundred or so"),
+    (measured(*known, step_time=linear, n=900, batch_norm=True), "That leaves about 5 steps of what is an epoch with bs=64, and a schedule and batch-norm's averages need a hundred"),
 
 ])
 def test_words(stats, words):
