@@ -32,7 +32,7 @@ from fastai.callback.training import GradientAccumulation
 from fastai.data.load import DataLoader, _FakeLoader
 from fastai.learner import AvgSmoothLoss, Learner
 from fastai.torch_core import find_bs, item_find, num_distrib, to_detach
-from .distributed import add_up, _before_broadcast, is_distributed, trainers, ProcessError, Processes
+from .distributed import add_up, _before_broadcast, _dealt_by, is_distributed, trainers, ProcessError, Processes
 from .noise import GradSums
 from .snapshot import no_footprint
 
@@ -154,7 +154,7 @@ def rebatch(
 ): # The loader to use from now on: `dl` itself, or a new one where the data is laid out for the batch size
     "Let a loader make batches of `bs` examples"
     if is_laid_out(dl): return dl.new(bs=bs)
-    if isinstance(dl, getattr(sys.modules.get('fastai.distributed'), 'DistributedDL', ())): rebatch(dl.dl, bs)  # a training in several processes broke off and left it
+    if (own := _dealt_by(dl)) is not dl: rebatch(own, bs)  # a training in several processes broke off and left it
     if isinstance(dl, torch_data.DataLoader):
         if hasattr(dl.batch_sampler, 'batch_size'):
             dl.batch_sampler.batch_size = bs
