@@ -5,6 +5,7 @@ from functools import partial
 from unittest.mock import patch
 
 import pandas as pd, torch
+from matplotlib.figure import Figure
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils import data as torch_data
@@ -16,7 +17,7 @@ from fastai.imports import noop
 
 import fastai_bs_finder.memory
 from fastai_bs_finder.snapshot import Snapshot
-from common import NoValid, PeakBytes, write_page
+from common import NoValid, PeakBytes, here, write_page
 
 cuda,n,start = torch.cuda.is_available(),2048,1024
 gpu_bytes,device = (2*2**30,'cuda') if cuda else (64*2**20,'cpu')
@@ -210,6 +211,20 @@ def measure(find, ds, model):
     return dict(seconds=time.perf_counter() - began, found=bs, steps=len(tried), examples=sum(tried), ooms=gpu.n_ooms)
 
 
+def picture(df):
+    "What each finder gives, of the largest that trains, and how often it ran out of memory"
+    fig = Figure(figsize=(9, 2.8), layout='constrained')
+    for ax,(task,d) in zip(fig.subplots(1, df.task.nunique(), sharey=True), df.groupby('task', sort=False)):
+        bars = ax.barh(d.finder, d.of_largest, color=['C0' if f.startswith('max_bs') else '.7' for f in d.finder], alpha=.8)
+        ax.bar_label(bars, [f'{ooms:.0f} errors' if ooms != 1 else '1 error' for ooms in d.ooms], label_type='center')
+        ax.axvline(1, c='k', lw=1)
+        ax.set(title=task, xlim=(0, 1.05))
+        ax.title.set_size('medium')
+        ax.xaxis.set_major_formatter('{x:.0%}')
+    ax.invert_yaxis()
+    fig.savefig(here/'finders.png', dpi=90)
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__)
     p.add_argument('--rounds', type=int, default=1, help='rounds in which every finder runs once')
@@ -226,6 +241,7 @@ def main():
             rows.append(dict(task=task, finder=name) | r.to_dict() | dict(largest=truth[fits], of_largest=r.found/truth[fits], fits='yes' if r.found <= truth[fits] else 'no'))
             print(rows[-1], flush=True)
     df = pd.DataFrame(rows)
+    picture(df)
     at = df.set_index(['finder', 'task'])
     def span(name, q, text): return ' to '.join(dict.fromkeys(text(at.loc[name][q].agg(f)) for f in ('min', 'max')))
     def share(name): return span(name, 'of_largest', '{:.0%}'.format)
@@ -252,7 +268,11 @@ def main():
         [f"`max_bs()` as it is does not give the very largest. The nearest to it of those that fit: {winners(nearest)}.",
          f"Less fits in fastai's own training loop than in the others: {loops} ({', '.join(dict.fromkeys('fastai' if 'max_bs' in f else f.split(',')[0].replace('Accelerate', 'a plain loop') for f in finders))}; two figures where the last two agree). A share says how good a finder is, not how much a loop can hold.",
          "Accelerate's is the simplest of all: it needs no loader that can be re-batched, and works for any function."],
-        f"""`steps` are training steps that were begun, `examples` what went into them, `ooms` the times that memory ran out, `of_largest` the batch size found as a share of the largest that trains.
+        f"""![Found, of the largest batch size that trains](finders.png)
+
+Bars: the batch size found, of the largest that trains. Errors: the times that memory ran out on the way.
+
+`steps` are training steps that were begun, `examples` what went into them, `ooms` the times that memory ran out, `of_largest` the batch size found as a share of the largest that trains.
 
 {df.to_markdown(index=False, floatfmt='.3g')}
 """)

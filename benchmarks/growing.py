@@ -1,7 +1,8 @@
 "GrowBatch from a small batch size against constant batch sizes, wall-clock to a target loss: writes growing.md"
 import argparse, math
 
-import numpy as np, pandas as pd
+import pandas as pd
+from matplotlib.figure import Figure
 
 from fastai_bs_finder.grow import GrowBatch
 from common import write_page
@@ -19,6 +20,17 @@ def run(task, target, bs, lr, seed, max_steps, cbs=()):
     changes = getattr(learn.recorder, 'bs_changes', None)
     ok = bool(cb.reached)
     return dict(seconds=sum(cb.seconds) if ok else math.inf, steps=cb.steps if ok else math.inf, last_bs=bs if changes is None else int(changes.bs.iloc[-1]))
+
+
+def picture(df):
+    "Seconds to the target, and those of the fastest and the slowest seed"
+    fig = Figure(figsize=(9, 2.8), layout='constrained')
+    for ax,(task,d) in zip(fig.subplots(1, df.task.nunique(), sharey=True, squeeze=False)[0], df.groupby('task', sort=False)):
+        ax.barh(d.way, d.seconds, color=['C0' if w.startswith('GrowBatch') else '.7' for w in d.way], xerr=(d.seconds - d.fastest_seed, d.slowest_seed - d.seconds))
+        ax.set(title=f'{task}, to {d.target.iloc[0]:g}', xlabel='seconds')
+        ax.title.set_size('medium')
+    ax.invert_yaxis()
+    fig.savefig(here/'growing.png', dpi=90)
 
 
 def main():
@@ -45,13 +57,18 @@ def main():
             sec = geomean(d.seconds)
             rows.append(dict(task=name, target=target, way=way, lr=d.lr.iloc[0], steps=geomean(d.steps), last_bs=geomean(d.last_bs), seconds=sec, fastest_seed=d.seconds.min(), slowest_seed=d.seconds.max(), of_best_constant=sec/of_best, of_start=sec/of_start))
     df = pd.DataFrame(rows)
+    picture(df)
     noise = df[df.way.str.contains("'noise'")]
     def each(q): return ', '.join(f'{r[q]:.2g} ({r.task})' for _,r in noise.iterrows())
     write_page('growing', 'A batch size that grows', f"""Made by `benchmarks/growing.py`: training until the training loss on 2,000 fixed training examples is at the target, {len(seeds)} seeds, geometric means. Constant batch sizes train with the best learning rate of the grid in `training.csv`, `GrowBatch` with that of the
 batch size it starts from. Seconds are of training with measuring and without evaluation; `of_best_constant` and `of_start` are ratios of seconds.""",
         [f"Of the time of the constant batch size that it starts from, {start}, `GrowBatch()` takes {each('of_start')}."],
         [f"Of the time of the best constant batch size it takes {each('of_best_constant')}. These trainings take seconds: it starts small, and needs some measurements first. `bs_find` asks before the training instead."],
-        df.to_markdown(index=False, floatfmt='.3g'))
+        f"""![Seconds to the target](growing.png)
+
+Bars are geometric means, lines go from the fastest to the slowest of {len(seeds)} seeds.
+
+{df.to_markdown(index=False, floatfmt='.3g')}""")
 
 
 if __name__ == '__main__': main()

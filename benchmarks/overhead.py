@@ -18,7 +18,7 @@ def seconds(f):
 def main():
     p = argparse.ArgumentParser(description=__doc__)
     p.add_argument('--num-it', type=int, default=60, help='batches per run')
-    p.add_argument('--rounds', type=int, default=7, help='rounds in which every way runs once')
+    p.add_argument('--rounds', type=int, default=5, help='rounds in which every way runs once')
     args = p.parse_args()
     learn = mlp_learner(args.num_it)
     def find(n_train=None, profile=True): return lambda: learn.bs_find(1e-3, n_train=n_train, show_plot=False, profile=profile)

@@ -34,7 +34,7 @@ def cost(name, lr, seconds):
 
 def seconds_per_step(task, lrs, rounds=4):
     "Seconds of a step of real training at each batch size, with its learning rate: the least of several rounds in turn, for what else a machine does only adds to it"
-    found = [{bs: step_seconds(task, bs, lr, 20) for bs,lr in lrs.items()} for _ in range(rounds)]
+    found = [{bs: step_seconds(task, bs, lr, 20 if bs < 2048 else 8) for bs,lr in lrs.items()} for _ in range(rounds)]
     return {bs: min(f[bs] for f in found) for bs in lrs}
 
 
@@ -50,10 +50,10 @@ def off(predicted, measured):
     return math.exp(np.mean(e)),math.exp(max(e))
 
 
-def time_to_target(task, target, bs, lr, seconds):
-    "Steps to the target at `bs` with the best of three learning rates around the predicted one, times the seconds of a step"
+def time_to_target(task, target, bs, lr, seconds, max_steps):
+    "Steps to the target at `bs` with the best of three learning rates around the predicted one, `max_steps` at most, times the seconds of a step"
     i = task.targets.index(target)
-    return min(geomean([train(task, bs, lr*f, seed, 5000)[i]['steps'] for seed in seeds]) for f in (.5, 1, 2))*seconds
+    return min(geomean([train(task, bs, lr*f, seed, max_steps)[i]['steps'] for seed in seeds]) for f in (.5, 1, 2))*seconds
 
 
 def picture(rows):
@@ -108,7 +108,7 @@ def main():
                 e[label] = off([rel_steps(b, bs0, geomean(noise[kind])) for b in others], r.steps_ratio)[0]
             errors.append(e)
             for f in sorted(set(fast)):
-                took = m.steps[f]*seconds[f] if f in reached else time_to_target(task, target, f, ratios[0].loc[f, 'lr'], seconds[f])
+                took = m.steps[f]*seconds[f] if f in reached else time_to_target(task, target, f, ratios[0].loc[f, 'lr'], seconds[f], 5*m.steps[bs0])
                 all_ = {b: m.steps[b]*seconds[b] for b in reached}
                 b = min(all_, key=all_.get)
                 choices.append(dict(task=name, target=target, fastest=f, seconds=took, best_measured=b, best_seconds=all_[b], ratio=took/all_[b], in_use=all_[bs0]/all_[b]))

@@ -229,6 +229,9 @@ def stats(self:BSFinder) -> pd.DataFrame: # A row per measurement, and in `attrs
 def _check_lr(lr):
     "`lr` as `fit` takes it"
     if lr is None: return
+    if hasattr(lr, '_fields'):
+        if len(lr) > 1: raise ValueError(f"lr={lr!r} are {len(lr)} suggestions: take one of them, such as .{lr._fields[0]}")
+        lr, = lr
     if hasattr(lr, 'tolist'): lr = lr.tolist()  # an array
     vals = [v for v in (lr.start, lr.stop) if v is not None] if isinstance(lr, slice) else [lr] if isinstance(lr, Real) else list(L(lr))
     if not vals or (isinstance(lr, slice) and lr.stop is None) or not all(isinstance(v, Real) and math.isfinite(v) and v >= 0 for v in vals):

@@ -82,9 +82,9 @@ class NoiseScale(_AsideCallback):
         self._release()
 
     def after_fit(self):
-        measured = self._meter is not None and len(self._rows) > 0 and self._processes.rank == 0
+        speaks = self._meter is not None and self._processes.rank == 0
         self.tidy()
-        if measured: _say(self.learn, self._in_words())
+        if speaks: _say(self.learn, self._in_words())
 
 # %% ../nbs/14_track.ipynb #49c3413a
 @patch(as_prop=True)
@@ -105,6 +105,7 @@ def after_epoch(self:NoiseScale):
 
 @patch
 def _in_words(self:NoiseScale):
+    if not self._rows: return "The noise scale was not measured: " + f"train longer, or {f'lower every={self.every}' if self.share is None else f'raise share={self.share}'}."
     x,share = noise_in_use(self.stats),self.seconds/max(self._train_seconds(), 1e-9)
     known = x[x.noise_scale > 0]
     where = f"{len(x)} measurement{'s' if len(x) > 1 else ''} of the noise scale, {share:.1%} of the training time"

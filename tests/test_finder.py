@@ -1,5 +1,6 @@
 "The mock training, its result, its words and its errors"
 import itertools, math, random, re, warnings
+from collections import namedtuple
 from copy import deepcopy
 from functools import partial
 
@@ -528,7 +529,18 @@ def test_words(stats, bs, words):
 def test_a_diverging_training_is_no_place_to_measure(capsys):
     learn = digits_learner()
     learn.bs_find(100., 300, show_plot=False)
-    assert re.search(r'The training loss rose from 2\.\d+ to .*: lower lr', capsys.readouterr().out)
+    assert re.search(r'\rThe training loss rose from 2\.\d+ to \S+ at lr=1e\+02: lower lr', capsys.readouterr().out)
+
+
+def test_advice_is_for_trainings(capsys):
+    digits_learner().bs_find(0., 300, show_plot=False)
+    assert re.search(r'The noise scale is .*at lr=0\. Nothing was trained with lr=0', said := capsys.readouterr().out) and 'epochs' not in said
+
+
+def test_what_lr_find_returns(quiet):
+    learn,found = digits_learner(),namedtuple('SuggestedLRs', 'valley')(torch.tensor(.1))
+    quiet(learn, found, 100)
+    assert learn.recorder.bs_stats.attrs['lr_given'] == pytest.approx(.1) and learn.recorder.bs_table.loc[32, 'lr'] > .1
 
 
 def test_average():
@@ -649,6 +661,7 @@ def no_target(learn): learn.dls.train.after_batch = lambda b: (b[0],)
     (dict(lr=[.1, nan]), None, r'lr=\[0.1, nan\] is not a learning rate'),
     (dict(lr=slice(None, -1.)), None, r'lr=slice\(None, -1.0, None\) is not a learning rate'),
     (dict(lr=slice(.1, None)), None, r'is not a learning rate'),
+    (dict(lr=namedtuple('SuggestedLRs', 'minimum valley')(.01, .1)), None, r'are 2 suggestions: take one of them, such as \.minimum'),
     (dict(lr='0.1'), None, r"lr='0.1' is not a learning rate"),
     (dict(suggest_funcs=lambda stats: 3), None, r'suggest_funcs are called <lambda>: .* a name of its own'),
     (dict(suggest_funcs=(critical, partial(critical))), None, r'suggest_funcs are called critical, critical'),

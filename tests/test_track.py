@@ -64,6 +64,13 @@ def test_no_warning(cbs):
         quiet_fit(digits_learner(), 1, cbs)
 
 
+@pytest.mark.parametrize('share,words', [(.04, 'train longer, or raise share=0.04.'), (None, 'train longer, or lower every=200.')])
+def test_a_training_too_short_to_measure(capsys, share, words):
+    learn = digits_learner()
+    learn.fit(1, .1, cbs=NoiseScale(every=200, share=share))
+    assert f'The noise scale was not measured: {words}' in capsys.readouterr().out and not len(learn.recorder.noise_scale)
+
+
 @pytest.mark.parametrize('cbs', ([], [partial(MixUp)], [partial(GradientClip, .1)], [partial(GradientAccumulation, 32)], [partial(AccumulateGrads, 40)]), ids=str)
 @pytest.mark.parametrize('how', ('fit', 'fit_one_cycle'))
 def test_no_trace(cbs, how):
