@@ -74,7 +74,7 @@ def beyond_fit(n, n_batch, most):
         for p in params: p.grad = None
         return peak(f)/grads
     fit,needs = more(partial(few, learn)),n_batch*grads
-    stored = f'needs {needs/1e9:.0f} GB' if needs > psutil.virtual_memory().available/3 else more(partial(storing, learn, n_batch)) - fit
+    stored = f'needs {needs/1e9:.0f} GB' if needs > psutil.virtual_memory().available/6 else more(partial(storing, learn, n_batch)) - fit
     found = math.nan if n*n_batch > most else more(partial(finding, learn, n_batch)) - fit
     return dict(parameters=n, n_batch=n_batch, bs_find=found, storing=stored)
 
@@ -102,7 +102,7 @@ def picture(by_size, memory):
 def main():
     p = argparse.ArgumentParser(description=__doc__)
     p.add_argument('--rounds', type=int, default=2, help='rounds in which every way runs once')
-    p.add_argument('--most', type=float, default=1e9, help='parameters times n_batch of a run that counts the memory of bs_find, at most')
+    p.add_argument('--most', type=float, default=5e8, help='parameters times n_batch of a run that counts the memory of bs_find, at most')
     args = p.parse_args()
     def show(df): return df.map(lambda v: v if isinstance(v, str) else 'not run' if math.isnan(v) else f'{v:.2f}' if v < 10 else f'{v:.0f}').to_markdown(disable_numparse=True)
 
@@ -115,7 +115,7 @@ def main():
         by_size[millions(n)] = dict(fit=f'{fit/n_it*1e3:.3g} ms') | r.to_dict()
         print(n, by_size[millions(n)], flush=True)
     learn = learner(10**6, max(n_batches))
-    _,r = ratios(learn, {(way, k): partial(f, learn, k) for k in n_batches for way,f in (('bs_find(n_train=0)', finding), ('storing', storing))}, args.rounds)
+    _,r = ratios(learn, {(way, k): partial(f, learn, k) for k in n_batches for way,f in (('bs_find(n_train=0)', finding), ('storing', storing))}, 1)
     by_k = pd.DataFrame({k: {way: r[way, k] for way in ('bs_find(n_train=0)', 'storing')} for k in n_batches}).T.rename_axis('n_batch')
     print(by_k, flush=True)
     del learn
@@ -152,7 +152,7 @@ With `n_batch=10`, and an epoch of 40 batches (20 from 10 million parameters on)
 
 {show(by_size)}
 
-With 1 million parameters, and {max(n_batches)} batches:
+With 1 million parameters, and {max(n_batches)} batches, in one round:
 
 {show(by_k)}
 
@@ -162,7 +162,7 @@ Counted byte by byte, with batches of one example. Of `bs_find`, 3 are the copy 
 
 {show(tables['bs_find'])}
 
-Storing, which copies nothing and puts nothing back. What takes more than a third of the memory that is free on this machine was not run; what the stored gradients alone need is computed instead:
+Storing, which copies nothing and puts nothing back. What takes more than a sixth of the memory that is free on this machine was not run; what the stored gradients alone need is computed instead:
 
 {show(tables['storing'])}
 """)

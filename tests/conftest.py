@@ -2,9 +2,10 @@
 import os, signal, subprocess, sys
 from pathlib import Path
 
-import matplotlib, pandas as pd, pytest, torch
+import matplotlib, numpy as np, pandas as pd, pytest, torch
 from filelock import FileLock
 from hypothesis import HealthCheck, settings
+from PIL import Image
 from fastai_bs_finder import finder
 
 matplotlib.use('agg')
@@ -39,6 +40,25 @@ def fastai_data(monkeypatch):
         monkeypatch.setenv('FASTAI_HOME', str(home))
         return home/'data'/name
     return get
+
+
+@pytest.fixture(scope='session')
+def shared_tmp(tmp_path_factory, worker_id):
+    "A folder for what all pytest workers share"
+    tmp = tmp_path_factory.getbasetemp()
+    return tmp if worker_id == 'master' else tmp.parent
+
+
+@pytest.fixture
+def mnist(fastai_data, shared_tmp):
+    "Images and digits of MNIST's training set; its 60,000 files are read once for all pytest workers"
+    path,cache = fastai_data('mnist_png'),shared_tmp/'mnist.pt'
+    with FileLock(f'{cache}.lock'):
+        if not cache.exists():
+            files = sorted((path/'training').glob('*/*.png'))
+            torch.save((torch.from_numpy(np.stack([np.asarray(Image.open(f)) for f in files])), torch.tensor([int(f.parent.name) for f in files])), cache)
+    x,y = torch.load(cache)
+    return x.flatten(1).float()/255,y
 
 
 @pytest.fixture(autouse=True)

@@ -2,25 +2,11 @@
 from functools import partial
 
 import numpy as np, pytest, torch
-from PIL import Image
 from torch import nn
 from fastai.basics import Adam, Callback, CrossEntropyLossFlat, DataLoader, DataLoaders, L, Learner, SGD, set_seed
 
 from fastai_bs_finder.all import *
 from reference import ema, mlp_truth
-
-
-@pytest.fixture(scope='module')
-def mnist():
-    "A function: images and digits of the training set, from its folder"
-    cache = {}
-    def get(path):
-        if not cache:
-            files = sorted((path/'training').glob('*/*.png'))
-            cache['X'] = torch.tensor(np.stack([np.asarray(Image.open(f)) for f in files])).flatten(1).float()/255
-            cache['y'] = torch.tensor([int(f.parent.name) for f in files])
-        return cache['X'],cache['y']
-    return get
 
 
 class Truth(Callback):
@@ -32,8 +18,8 @@ class Truth(Callback):
 
 
 @pytest.mark.parametrize('opt_func,lr', [(SGD, .1), (Adam, 1e-3)], ids=['SGD 0.1', 'Adam 1e-3'])
-def test_follows_the_truth(fastai_data, mnist, opt_func, lr):
-    X,y = mnist(fastai_data('mnist_png'))
+def test_follows_the_truth(mnist, opt_func, lr):
+    X,y = mnist
     assert len(X) == 60_000
     def learner():
         set_seed(0)

@@ -16,10 +16,9 @@ patched = [(Learner, n) for n in ('set_bs', 'max_bs', 'bs_sweep')] + [(Recorder,
 
 
 @pytest.fixture(scope='module')
-def site(tmp_path_factory, worker_id):
+def site(shared_tmp):
     "The built pages, parsed; built once for all pytest workers"
-    tmp = tmp_path_factory.getbasetemp()
-    out = (tmp if worker_id == 'master' else tmp.parent)/'site'
+    out = shared_tmp/'site'
     with FileLock(f'{out}.lock'):
         if not out.exists():
             with pytest.MonkeyPatch.context() as m:

@@ -3,7 +3,6 @@ import math, signal, time
 from io import StringIO
 
 import numpy as np, pandas as pd, pytest, torch
-from PIL import Image
 from torch import nn
 from torch.utils import data as torch_data
 from fastai.basics import Adam, Callback, CancelValidException, CrossEntropyLossFlat, DataLoader, DataLoaders, Learner, Metric, SGD, accuracy, noop, set_seed
@@ -407,13 +406,10 @@ def test_what_it_says_and_shows(capsys):
     with pytest.raises(ValueError, match='no sweep to plot'): digits_learner().recorder.plot_bs_sweep()
 
 
-def test_mnist(fastai_data):
+def test_mnist(mnist):
     "784-128-10 to training loss 0.2: steps of about 66·(1 + 154/bs), and the noise scale along the way is the critical batch size to a factor of 2"
-    path = fastai_data('mnist_png')
-    files = sorted((path/'training').glob('*/*.png'))
     class Digits(torch_data.Dataset):
-        x = torch.stack([torch.from_numpy(np.array(Image.open(f))) for f in files]).flatten(1).float()
-        y = torch.tensor([int(f.parent.name) for f in files])
+        x,y = mnist
         def __len__(self): return len(self.x)
         def __getitem__(self, i): return self.x[i],self.y[i]
         def __getitems__(self, idxs): return self.x[idxs],self.y[idxs]

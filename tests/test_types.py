@@ -23,17 +23,15 @@ misuses = "rel_steps('64', 16, 100.)", 'NoiseMeter(beta=None)', "NoiseScale(ever
 
 
 def mypy(*args, cwd):
+    "Run where `cwd` holds what an earlier run has found of the imports"
     return subprocess.run([sys.executable, '-m', 'mypy', '--ignore-missing-imports', '--follow-imports', 'silent', *map(str, args)], cwd=cwd, env=os.environ | dict(MYPYPATH=str(root)), capture_output=True, text=True)
 
 
-def test_the_signatures(tmp_path):
-    "What stubgen writes down of each module"
-    subprocess.run([Path(sys.executable).with_name('stubgen'), '-q', '-o', tmp_path, root/'fastai_bs_finder'], check=True, cwd=tmp_path)
-    checked = mypy(tmp_path/'fastai_bs_finder', cwd=tmp_path)
+def test_the_signatures_and_their_use(tmp_path):
+    "Of each module what stubgen writes down"
+    subprocess.run([Path(sys.executable).with_name('stubgen'), '-q', '-o', tmp_path/'stubs', root/'fastai_bs_finder'], check=True, cwd=tmp_path)
+    checked = mypy(tmp_path/'stubs/fastai_bs_finder', cwd=tmp_path)
     assert not checked.returncode, checked.stdout
-
-
-def test_its_use(tmp_path):
     (tmp_path/'use.py').write_text(uses + '\n'.join(misuses))
     lines = [line for line in mypy('use.py', cwd=tmp_path).stdout.splitlines() if 'error:' in line]
     n = uses.count('\n')
