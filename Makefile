@@ -33,7 +33,7 @@ demo: install
 
 test: install
 	$(BIN)/nbdev-test --n-workers 2
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 oldest:
 	$(PYTHON) -m venv .venv-oldest
