@@ -154,9 +154,9 @@ def bs_summary(
     if stats.attrs.get('stopped'): res.insert(0, stats.attrs['stopped'])
     if stats.attrs.get('step_every_batch'): res.append("This is a biased number, for comparison only: every batch stepped.")
     elif stats.attrs.get('diverged') or len(stats) and not noise_in_use(stats).hi.iloc[-1] > 0: pass  # nothing to rely on
+    elif len(stats) and stats.attrs['lr'] == 0: res.append("Nothing was trained with lr=0: this is the noise scale of the weights as they are, and no advice for a training.")
     elif len(stats) and stats.loss.iloc[-1] - (first := stats.attrs.get('first_loss', stats.loss.iloc[0])) > abs(first):
         res[-1] = f"The training loss rose from {first:.3g} to {stats.loss.iloc[-1]:.3g} at lr={stats.attrs['lr']:.2g}: lower lr, the noise scale belongs to a training that works."
-    elif len(stats) and stats.attrs['lr'] == 0: res.append("Nothing was trained with lr=0: this is the noise scale of the weights as they are, and no advice for a training.")
     elif bs := critical(stats):
         quickest = fastest(stats)
         res.append(_gain_in_words(stats, quickest) if quickest else _steps_in_words(stats, bs))

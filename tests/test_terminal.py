@@ -1,5 +1,5 @@
 "bs_find as the user of a terminal sees it, 80 columns wide: what is compared is what a terminal emulator shows"
-import os, re, sys, time
+import os, re, signal, sys, time
 from pathlib import Path
 
 import pytest
@@ -76,7 +76,9 @@ def terminal(request, tmp_path_factory):
         terminal.type('from footprint import *')
         terminal.type('learn = digits_learner()')
         yield terminal
-    finally: terminal.process.close(force=True)
+    finally:
+        terminal.process.kill(signal.SIGKILL)
+        terminal.process.wait()  # as long as a busy machine takes
 
 
 def unless_mended(request, terminal, shell, why):
