@@ -4,6 +4,7 @@ from datetime import date
 from pathlib import Path
 
 import fastai, torch
+from matplotlib.figure import Figure
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -67,6 +68,16 @@ def peak(f):
     "The most bytes that tensors made by `f` took at once"
     with PeakBytes() as p: f()
     return p.peak
+
+
+def panels(df, name):
+    "A panel for the rows of each task, from top to bottom; when all are drawn, `name`.png is written"
+    fig = Figure(figsize=(9, 2.8), layout='constrained')
+    for ax,(task,d) in zip(fig.subplots(1, df.task.nunique(), sharey=True, squeeze=False)[0], df.groupby('task', sort=False)):
+        ax.set_title(task, size='medium')
+        yield ax,d
+    ax.invert_yaxis()
+    fig.savefig(here/f'{name}.png', dpi=90)
 
 
 def write_page(

@@ -5,7 +5,6 @@ from functools import partial
 from unittest.mock import patch
 
 import pandas as pd, torch
-from matplotlib.figure import Figure
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils import data as torch_data
@@ -17,7 +16,7 @@ from fastai.imports import noop
 
 import fastai_bs_finder.memory
 from fastai_bs_finder.snapshot import Snapshot
-from common import NoValid, PeakBytes, here, write_page
+from common import NoValid, PeakBytes, panels, write_page
 
 cuda,n,start = torch.cuda.is_available(),2048,1024
 gpu_bytes,device = (2*2**30,'cuda') if cuda else (64*2**20,'cpu')
@@ -213,16 +212,12 @@ def measure(find, ds, model):
 
 def picture(df):
     "What each finder gives, of the largest that trains, and how often it ran out of memory"
-    fig = Figure(figsize=(9, 2.8), layout='constrained')
-    for ax,(task,d) in zip(fig.subplots(1, df.task.nunique(), sharey=True), df.groupby('task', sort=False)):
+    for ax,d in panels(df, 'finders'):
         bars = ax.barh(d.finder, d.of_largest, color=['C0' if f.startswith('max_bs') else '.7' for f in d.finder], alpha=.8)
         ax.bar_label(bars, [f'{ooms:.0f} errors' if ooms != 1 else '1 error' for ooms in d.ooms], label_type='center')
         ax.axvline(1, c='k', lw=1)
-        ax.set(title=task, xlim=(0, 1.05))
-        ax.title.set_size('medium')
+        ax.set_xlim(0, 1.05)
         ax.xaxis.set_major_formatter('{x:.0%}')
-    ax.invert_yaxis()
-    fig.savefig(here/'finders.png', dpi=90)
 
 
 def main():

@@ -2,10 +2,9 @@
 import argparse, math
 
 import pandas as pd
-from matplotlib.figure import Figure
 
 from fastai_bs_finder.grow import GrowBatch
-from common import write_page
+from common import panels, write_page
 from tasks import tasks
 from training import best_runs, geomean, here, ToTargets
 
@@ -24,13 +23,9 @@ def run(task, target, bs, lr, seed, max_steps, cbs=()):
 
 def picture(df):
     "Seconds to the target, and those of the fastest and the slowest seed"
-    fig = Figure(figsize=(9, 2.8), layout='constrained')
-    for ax,(task,d) in zip(fig.subplots(1, df.task.nunique(), sharey=True, squeeze=False)[0], df.groupby('task', sort=False)):
+    for ax,d in panels(df, 'growing'):
         ax.barh(d.way, d.seconds, color=['C0' if w.startswith('GrowBatch') else '.7' for w in d.way], xerr=(d.seconds - d.fastest_seed, d.slowest_seed - d.seconds))
-        ax.set(title=f'{task}, to {d.target.iloc[0]:g}', xlabel='seconds')
-        ax.title.set_size('medium')
-    ax.invert_yaxis()
-    fig.savefig(here/'growing.png', dpi=90)
+        ax.set_xlabel(f'seconds to a loss of {d.target.iloc[0]:g}')
 
 
 def main():

@@ -72,12 +72,12 @@ def find(learn): return learn.bs_find(1e-2, 130, show_plot=False)
 @pytest.mark.parametrize('epochs_before', [0, 1])
 def test_training_after_is_bit_identical(opt_func, epochs_before):
     res = []
-    for finds in (0, 2):
+    for finds in (0, 1, 2):
         learn = rich_learner(opt_func)
         if epochs_before: train(learn, epochs_before)
         for _ in range(finds): find(learn)
         res.append(train(learn))
-    assert same(*res)
+    assert same(res[0], res[1]) and same(res[0], res[2])
     learn = rich_learner(opt_func)
     train(learn, epochs_before + 1)
     assert not same(res[0], train(learn))                      # the comparison can fail

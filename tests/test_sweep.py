@@ -418,7 +418,7 @@ def test_mnist(mnist):
     ds.x.sub_(ds.x.mean()).div_(ds.x.std())
     dls = DataLoaders(torch_data.DataLoader(ds, 64, shuffle=True, collate_fn=noop), torch_data.DataLoader(torch_data.Subset(ds, range(1000)), 1000, collate_fn=noop))
     learn = Learner(dls, nn.Sequential(nn.Linear(784, 128), nn.ReLU(), nn.Linear(128, 10)), loss_func=CrossEntropyLossFlat(), opt_func=SGD)
-    sizes = [32, 64, 256, 1024]
+    sizes = [16, 64, 256, 1024]
     s = sweep(learn, sizes, .2, lr=.2, n_eval=2000)
     top = s[s.best].set_index('bs')
     print(s.to_string())
