@@ -1,5 +1,7 @@
 "Four ways to measure the noise scale against the truth, from the same number of batches: writes accuracy.md and accuracy.png"
-import argparse, math, warnings
+import argparse, math, multiprocessing, warnings
+from concurrent.futures import ProcessPoolExecutor
+from itertools import repeat
 
 import numpy as np, pandas as pd, torch
 from matplotlib.figure import Figure
@@ -13,6 +15,7 @@ from fastai_bs_finder.demo import digits_learner
 from fastai_bs_finder.noise import ema_weights
 from common import here, write_page
 
+torch.set_num_threads(1)  # faster for a network as small as this, and leaves the other cores to other settings
 num_it,bs,beta = 400,16,.9
 settings = {'SGD .01': (SGD, .01), 'SGD .05': (SGD, .05), 'SGD .1': (SGD, .1), 'SGD .3': (SGD, .3), 'Adam 1e-3': (Adam, 1e-3), 'Adam 3e-3': (Adam, 3e-3), 'Adam 1e-2': (Adam, 1e-2)}
 pairs = dict(n_batch=2, n_train=0, beta=beta**(2/20))  # ten times as many measurements, averaged over the same batches
@@ -82,6 +85,20 @@ def found(way, opt_func, lr, seed, truths=None):
     return rows + [row | dict(way='stored gradients', noise_scale=mean('stored_noise')/mean('stored_scale'), lo=math.nan, hi=math.nan)],truths,differ
 
 
+def runs_at(setting, seeds):
+    "Every way's answers at a learning rate, and the largest relative difference to stored gradients"
+    rows,differ = [],0.
+    for seed in range(seeds):
+        truths = {}
+        for way in runs:
+            kind = 'stepping' if 'stepping' in way else way  # both go the same way
+            more,truths[kind],d = found(way, *settings[setting], seed, truths.get(kind))
+            rows += [dict(setting=setting) | r for r in more]
+            differ = max(differ, d)
+    print(setting, flush=True)
+    return rows,differ
+
+
 def errors(d):
     "What a way's runs miss the truth by, as factors, and how often its interval is right"
     log = np.log((d.noise_scale/d.truth).where(d.noise_scale > 0))
@@ -112,17 +129,8 @@ def main():
     p = argparse.ArgumentParser(description=__doc__)
     p.add_argument('--seeds', type=int, default=4, help='runs per setting and way')
     args = p.parse_args()
-    rows,differ = [],0.
-    for setting,(opt_func,lr) in settings.items():
-        for seed in range(args.seeds):
-            truths = {}
-            for way in runs:
-                kind = 'stepping' if 'stepping' in way else way  # both go the same way
-                more,truths[kind],d = found(way, opt_func, lr, seed, truths.get(kind))
-                rows += [dict(setting=setting) | r for r in more]
-                differ = max(differ, d)
-        print(setting, flush=True)
-    df = pd.DataFrame(rows)
+    with ProcessPoolExecutor(min(len(settings), multiprocessing.cpu_count()), multiprocessing.get_context('spawn')) as pool: rows,differ = zip(*pool.map(runs_at, settings, repeat(args.seeds)))
+    df,differ = pd.DataFrame([r for some in rows for r in some]),max(differ)
     picture(df, list(runs))
     def by(*keys): return df.groupby([*keys], sort=False)[['noise_scale', 'truth', 'end', 'lo', 'hi']].apply(errors)
     ways,per,all_ = ['bs_find()', 'stored gradients', *list(runs)[1:]],by('setting', 'way'),by('way')

@@ -32,9 +32,9 @@ def cost(name, lr, seconds):
     return dict(task=name, epoch_seconds=epoch, finder=both/epoch, profile=(both - without)/epoch, profile_of_finder=1 - without/both, fastest=', '.join(map(str, answers)), apart=max(answers)/min(answers) if all(answers) else math.nan)
 
 
-def seconds_per_step(task, lrs, rounds=4):
+def seconds_per_step(task, lrs, rounds=3):
     "Seconds of a step of real training at each batch size, with its learning rate: the least of several rounds in turn, for what else a machine does only adds to it"
-    found = [{bs: step_seconds(task, bs, lr, 20 if bs < 2048 else 8) for bs,lr in lrs.items()} for _ in range(rounds)]
+    found = [{bs: step_seconds(task, bs, lr, 20 if bs < 1024 else 8) for bs,lr in lrs.items()} for _ in range(rounds)]
     return {bs: min(f[bs] for f in found) for bs in lrs}
 
 
@@ -52,8 +52,11 @@ def off(predicted, measured):
 
 def time_to_target(task, target, bs, lr, seconds, max_steps):
     "Steps to the target at `bs` with the best of three learning rates around the predicted one, `max_steps` at most, times the seconds of a step"
-    i = task.targets.index(target)
-    return min(geomean([train(task, bs, lr*f, seed, max_steps)[i]['steps'] for seed in seeds]) for f in (.5, 1, 2))*seconds
+    task,best = task._replace(targets=(target,)),math.inf
+    for f in (1, .5, 2):
+        cap = math.ceil(min(1.5*best, max_steps))
+        best = min(best, geomean([train(task, bs, lr*f, seed, cap)[0]['steps'] for seed in seeds]))
+    return best*seconds
 
 
 def picture(rows):
@@ -120,7 +123,7 @@ def main():
     worst,slowest = errors.loc[errors['steps, mean'].idxmax()],choices.loc[choices.ratio.idxmax()]
     over = errors[errors['steps, mean'] > 1.5]
     write_page('prediction', 'Predicted and measured', f"""Made by `benchmarks/prediction.py` from the real trainings in `training.csv` (`benchmarks/training.py`): at each batch size the best of a grid of learning rates by factors of 2, {len(seeds)} seeds,
-steps until the training loss on 2,000 fixed training examples is at the target. Times are those steps times the seconds of a step in real training, the least of four rounds of medians. Predictions are what `bs_find` says at bs={bs0}, with the best learning rate there and a mock
+steps until the training loss on 2,000 fixed training examples is at the target. Times are those steps times the seconds of a step in real training, the least of three rounds of medians. Predictions are what `bs_find` says at bs={bs0}, with the best learning rate there and a mock
 training as long as the real one, {args.seeds} seed{'s' if args.seeds > 1 else ''}.""",
         [f"Steps to the same loss, predicted for batch sizes from {min(sizes)} to {max(sizes):,}, are off by factors of {errors['steps, mean'].min():.2f} to {errors['steps, mean'].max():.2f} (geometric means of a task), times by {errors['time, mean'].min():.2f} to {errors['time, mean'].max():.2f}. The largest single errors are {errors['steps, largest'].max():.1f} and {errors['time, largest'].max():.1f}.",
          f"The batch size called `fastest` takes {choices.ratio.min():.2f} to {choices.ratio.max():.2f} of the time of the best that was measured, geometric mean {geomean(choices.ratio):.2f}; that of bs={bs0} takes {geomean(choices.in_use):.2f}.",

@@ -1,4 +1,5 @@
 "The tasks on which predictions are compared with real training: data, model, optimizer and the training losses to reach"
+import os
 from functools import cache, partial
 from typing import NamedTuple
 
@@ -10,19 +11,29 @@ from fastai.callback.progress import ProgressCallback
 from fastcore.basics import noop
 from fastai.tabular.all import Categorify, FillMissing, Normalize, TabularPandas, tabular_learner
 
-from common import NoValid
+from common import here, NoValid
+
+
+def read(folder):
+    "Pixels and classes, which are the names of folders; kept in build/ for the next benchmark, since 60,000 files take half a minute"
+    kept = here.parent/'build'/f'{folder.parent.name}.pt'
+    if not kept.exists():
+        files = get_image_files(folder)
+        classes = sorted({f.parent.name for f in files})
+        kept.parent.mkdir(exist_ok=True)
+        part = kept.with_suffix(f'.{os.getpid()}')  # processes may read at the same time
+        torch.save((torch.stack([torch.from_numpy(np.array(Image.open(f))) for f in files]), torch.tensor([classes.index(f.parent.name) for f in files])), part)
+        part.replace(kept)
+    return torch.load(kept)
 
 
 class Images:
     "A data set of images in memory, and their labels by the names of their folders"
     def __init__(self, folder):
-        files = get_image_files(folder)
-        self.classes = sorted({f.parent.name for f in files})
-        x = torch.stack([torch.from_numpy(np.array(Image.open(f))) for f in files]).float()
-        x = x[:, None] if x.ndim == 3 else x.permute(0, 3, 1, 2)
+        x,self.y = read(folder)
+        x = (x[:, None] if x.ndim == 3 else x.permute(0, 3, 1, 2)).float()
         dims = 0, 2, 3
         self.x = ((x - x.mean(dims, keepdim=True))/x.std(dims, keepdim=True)).contiguous()
-        self.y = torch.tensor([self.classes.index(f.parent.name) for f in files])
     def __len__(self): return len(self.x)
     def __getitem__(self, i): return self.x[i],self.y[i]
     def batch(self, idxs): return self.x[idxs],self.y[idxs]
