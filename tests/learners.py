@@ -29,19 +29,23 @@ def tabular_pandas(path):
     return tabular_learner(to.dataloaders(bs=32), [32, 16], metrics=accuracy)
 
 
-def images(files, label, **kwargs): return ImageDataLoaders.from_path_func('.', files, label, bs=8, num_workers=0, **kwargs)
+def images(fnames, label, **kwargs): return ImageDataLoaders.from_path_func('.', fnames, label, bs=8, num_workers=0, **kwargs)
+
+
+@lru_cache
+def files(folder, n):
+    "The first `n` files of each class, in one list"
+    return [f for c in sorted(folder.iterdir()) for f in sorted(c.iterdir())[:n]]
 
 
 def mnist_frozen(path):
-    files = [f for c in '37' for f in sorted((path/'train'/c).iterdir())[:110]]
-    learn = vision_learner(images(files, parent_label, batch_tfms=aug_transforms(do_flip=False)), resnet18, pretrained=False, metrics=accuracy)
+    learn = vision_learner(images(files(path/'train', 110), parent_label, batch_tfms=aug_transforms(do_flip=False)), resnet18, pretrained=False, metrics=accuracy)
     learn.freeze()
     return learn
 
 
 def cifar_unfrozen(path):
-    files = [f for c in sorted((path/'train').iterdir()) for f in sorted(c.iterdir())[:22]]
-    learn = vision_learner(images(files, parent_label), resnet18, pretrained=False, metrics=accuracy)
+    learn = vision_learner(images(files(path/'train', 22), parent_label), resnet18, pretrained=False, metrics=accuracy)
     learn.unfreeze()
     return learn
 
@@ -51,9 +55,8 @@ def small_body(pretrained=False): return nn.Sequential(ConvLayer(3, 8, stride=2)
 
 def segmentation(path):
     from PIL import Image
-    files = [f for c in '37' for f in sorted((path/'train'/c).iterdir())[:50]]
     def pen(f): return (np.asarray(Image.open(f)) > 100).astype(np.uint8)
-    block = DataBlock((ImageBlock, MaskBlock(['paper', 'pen'])), get_items=lambda _: files, get_y=pen, splitter=RandomSplitter(seed=1))
+    block = DataBlock((ImageBlock, MaskBlock(['paper', 'pen'])), get_items=lambda _: files(path/'train', 50), get_y=pen, splitter=RandomSplitter(seed=1))
     return unet_learner(block.dataloaders('.', bs=4, num_workers=0), small_body, pretrained=False, n_out=2, cut=3)
 
 

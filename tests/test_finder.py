@@ -254,7 +254,7 @@ def test_a_loss_that_is_not_finite_between_measurements(capsys):
 
 def test_a_negative_loss_may_fall(capsys):
     learn = digits_learner(loss_func=lambda p,t: nn.functional.cross_entropy(p, t) - 5)
-    learn.bs_find(.1, 94, show_plot=False)
+    learn.bs_find(.1, 94, show_plot=False, profile=False)  # with times it depends on the machine whether a larger one is faster
     said = capsys.readouterr().out
     assert 'rose' not in said and 'should reach' in said
 
