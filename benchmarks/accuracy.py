@@ -1,7 +1,7 @@
 "Four ways to measure the noise scale against the truth, from the same number of batches: writes accuracy.md and accuracy.png"
 import argparse, math, multiprocessing, warnings
 from concurrent.futures import ProcessPoolExecutor
-from itertools import repeat
+from itertools import product
 
 import numpy as np, pandas as pd, torch
 from matplotlib.figure import Figure
@@ -85,17 +85,15 @@ def found(way, opt_func, lr, seed, truths=None):
     return rows + [row | dict(way='stored gradients', noise_scale=mean('stored_noise')/mean('stored_scale'), lo=math.nan, hi=math.nan)],truths,differ
 
 
-def runs_at(setting, seeds):
+def answers(setting, seed):
     "Every way's answers at a learning rate, and the largest relative difference to stored gradients"
-    rows,differ = [],0.
-    for seed in range(seeds):
-        truths = {}
-        for way in runs:
-            kind = 'stepping' if 'stepping' in way else way  # both go the same way
-            more,truths[kind],d = found(way, *settings[setting], seed, truths.get(kind))
-            rows += [dict(setting=setting) | r for r in more]
-            differ = max(differ, d)
-    print(setting, flush=True)
+    rows,truths,differ = [],{},0.
+    for way in runs:
+        kind = 'stepping' if 'stepping' in way else way  # both go the same way
+        more,truths[kind],d = found(way, *settings[setting], seed, truths.get(kind))
+        rows += [dict(setting=setting) | r for r in more]
+        differ = max(differ, d)
+    print(setting, seed, flush=True)
     return rows,differ
 
 
@@ -129,7 +127,7 @@ def main():
     p = argparse.ArgumentParser(description=__doc__)
     p.add_argument('--seeds', type=int, default=4, help='runs per setting and way')
     args = p.parse_args()
-    with ProcessPoolExecutor(min(len(settings), multiprocessing.cpu_count()), multiprocessing.get_context('spawn')) as pool: rows,differ = zip(*pool.map(runs_at, settings, repeat(args.seeds)))
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context('spawn')) as pool: rows,differ = zip(*pool.map(answers, *zip(*product(settings, range(args.seeds)))))
     df,differ = pd.DataFrame([r for some in rows for r in some]),max(differ)
     picture(df, list(runs))
     def by(*keys): return df.groupby([*keys], sort=False)[['noise_scale', 'truth', 'end', 'lo', 'hi']].apply(errors)

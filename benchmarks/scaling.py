@@ -67,16 +67,20 @@ def ratios(learn, ways, rounds):
 
 def beyond_fit(n, n_batch, most):
     "Peak bytes in units of the gradients' size, less those of a plain fit: of `bs_find`, and of storing, or what it would need"
+    needs = n_batch*n*4
+    run_ours,run_storing = n*n_batch <= most,needs <= psutil.virtual_memory().available/6
+    row = dict(parameters=n, n_batch=n_batch, bs_find=math.nan, storing=f'needs {needs/1e9:.0f} GB')
+    if not (run_ours or run_storing): return row
     learn = learner(n, 2*n_batch, 1)
     params = list(learn.model.parameters())
     grads = n_bytes(params)
     def more(f):
         for p in params: p.grad = None
         return peak(f)/grads
-    fit,needs = more(partial(few, learn)),n_batch*grads
-    stored = f'needs {needs/1e9:.0f} GB' if needs > psutil.virtual_memory().available/6 else more(partial(storing, learn, n_batch)) - fit
-    found = math.nan if n*n_batch > most else more(partial(finding, learn, n_batch)) - fit
-    return dict(parameters=n, n_batch=n_batch, bs_find=found, storing=stored)
+    fit = more(partial(few, learn))
+    if run_storing: row['storing'] = more(partial(storing, learn, n_batch)) - fit
+    if run_ours: row['bs_find'] = more(partial(finding, learn, n_batch)) - fit
+    return row
 
 
 def millions(n): return f'{n/1e6:g} million'
@@ -111,7 +115,7 @@ def main():
         n_it = 40 if n < 1e7 else 20
         learn = learner(n, n_it)
         ways = {'bs_find()': partial(finding, learn, 10, None), 'bs_find(n_train=0)': partial(finding, learn, 10), 'storing': partial(storing, learn, 10)}
-        fit,r = ratios(learn, ways, args.rounds)
+        fit,r = ratios(learn, ways, args.rounds if n < 5e7 else 1)
         by_size[millions(n)] = dict(fit=f'{fit/n_it*1e3:.3g} ms') | r.to_dict()
         print(n, by_size[millions(n)], flush=True)
     learn = learner(10**6, max(n_batches))
@@ -148,7 +152,7 @@ What was too large to be run is drawn as computed.
 
 ## Time, relative to fit
 
-With `n_batch=10`, and an epoch of 40 batches (20 from 10 million parameters on); `fit` is per batch, the rest is in units of it. Medians of {args.rounds} rounds in turn. `bs_find` includes the copy of weights and optimizer state that it makes, and putting everything back.
+With `n_batch=10`, and an epoch of 40 batches (20 from 10 million parameters on); `fit` is per batch, the rest is in units of it. Medians of {args.rounds} rounds in turn, of one with {millions(sizes[-1])}. `bs_find` includes the copy of weights and optimizer state that it makes, and putting everything back.
 
 {show(by_size)}
 
