@@ -1,7 +1,8 @@
 "Four ways to measure the noise scale against the truth, from the same number of batches: writes accuracy.md and accuracy.png"
-import argparse, math, multiprocessing, warnings
+import argparse, math, warnings
 from concurrent.futures import ProcessPoolExecutor
 from itertools import product
+from multiprocessing import get_context
 
 import numpy as np, pandas as pd, torch
 from matplotlib.figure import Figure
@@ -127,8 +128,9 @@ def main():
     p = argparse.ArgumentParser(description=__doc__)
     p.add_argument('--seeds', type=int, default=4, help='runs per setting and way')
     args = p.parse_args()
-    with ProcessPoolExecutor(mp_context=multiprocessing.get_context('spawn')) as pool: rows,differ = zip(*pool.map(answers, *zip(*product(settings, range(args.seeds)))))
-    df,differ = pd.DataFrame([r for some in rows for r in some]),max(differ)
+    each = zip(*product(settings, range(args.seeds)))
+    with ProcessPoolExecutor(mp_context=get_context('spawn')) as pool: res = [*pool.map(answers, *each)]
+    df,differ = pd.DataFrame([r for rows,_ in res for r in rows]),max(d for _,d in res)
     picture(df, list(runs))
     def by(*keys): return df.groupby([*keys], sort=False)[['noise_scale', 'truth', 'end', 'lo', 'hi']].apply(errors)
     ways,per,all_ = ['bs_find()', 'stored gradients', *list(runs)[1:]],by('setting', 'way'),by('way')

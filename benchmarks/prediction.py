@@ -8,7 +8,7 @@ import fastai_bs_finder.finder
 from fastai_bs_finder.predict import noiseless_mean, rel_steps
 from common import write_page
 from tasks import tasks
-from training import best_runs, bs0, geomean, here, seeds, sizes, step_seconds, train
+from training import best_runs, bs0, geomean, here, runs, seeds, sizes, step_seconds
 
 
 def found(task, lr, steps, seed, **kwargs):
@@ -53,9 +53,7 @@ def off(predicted, measured):
 def time_to_target(task, target, bs, lr, seconds, max_steps):
     "Steps to the target at `bs` with the best of three learning rates around the predicted one, `max_steps` at most, times the seconds of a step"
     task,best = task._replace(targets=(target,)),math.inf
-    for f in (1, .5, 2):
-        cap = math.ceil(min(1.5*best, max_steps))
-        best = min(best, geomean([train(task, bs, lr*f, seed, cap)[0]['steps'] for seed in seeds]))
+    for f in (1, .5, 2): best = min(best, geomean([run[0]['steps'] for run in runs(task, bs, lr*f, best, max_steps)]))
     return best*seconds
 
 

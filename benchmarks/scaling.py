@@ -65,9 +65,12 @@ def ratios(learn, ways, rounds):
     return took.fit.median(),took.div(took.fit, axis=0).drop(columns='fit').median()
 
 
+def stored_bytes(n, n_batch): return 4*n*n_batch
+
+
 def beyond_fit(n, n_batch, most):
     "Peak bytes in units of the gradients' size, less those of a plain fit: of `bs_find`, and of storing, or what it would need"
-    needs = n_batch*n*4
+    needs = stored_bytes(n, n_batch)
     run_ours,run_storing = n*n_batch <= most,needs <= psutil.virtual_memory().available/6
     row = dict(parameters=n, n_batch=n_batch, bs_find=math.nan, storing=f'needs {needs/1e9:.0f} GB')
     if not (run_ours or run_storing): return row
@@ -115,7 +118,7 @@ def main():
         n_it = 40 if n < 1e7 else 20
         learn = learner(n, n_it)
         ways = {'bs_find()': partial(finding, learn, 10, None), 'bs_find(n_train=0)': partial(finding, learn, 10), 'storing': partial(storing, learn, 10)}
-        fit,r = ratios(learn, ways, args.rounds if n < 5e7 else 1)
+        fit,r = ratios(learn, ways, args.rounds if n < sizes[-1] else 1)
         by_size[millions(n)] = dict(fit=f'{fit/n_it*1e3:.3g} ms') | r.to_dict()
         print(n, by_size[millions(n)], flush=True)
     learn = learner(10**6, max(n_batches))
@@ -142,7 +145,7 @@ def main():
 Compared are a plain `fit`, forward and backward alone (no optimizer, no fastai: the floor), `bs_find`, and **storing**: each gradient is flattened and stored, and the paper's equations are taken of all that a measurement has. Finders are often written that way. Like `bs_find(n_train=0)`, storing here takes one step per measurement; the finders
 step after every batch, which takes longer. `bs_find` is without its profile, which takes a fifth of its time on top by default.""",
         [f"`bs_find(n_train=0)` takes {ours.min():.2f} to {ours.max():.2f} of the time of `fit`, storing {theirs.min():.2f} to {theirs.max():.2f}, the floor {floor_.min():.2f} to {floor_.max():.2f}. Both can be faster than training since a measurement takes a single step.",
-         f"For the memory of `bs_find` the number of batches does not matter: it takes {(memory.bs_find - 3).min():.2f} to {(memory.bs_find - 3).max():.2f} gradients beyond the copy of weights and Adam's state, and from the smallest to the largest `n_batch` that changes by at most {spread:.2f}. Stored gradients are `n_batch`: with {max(n_batches)} and {millions(sizes[-1])} parameters, {max(n_batches)*sizes[-1]*4/1e9:.0f} GB."],
+         f"For the memory of `bs_find` the number of batches does not matter: it takes {(memory.bs_find - 3).min():.2f} to {(memory.bs_find - 3).max():.2f} gradients beyond the copy of weights and Adam's state, and from the smallest to the largest `n_batch` that changes by at most {spread:.2f}. Stored gradients are `n_batch`: with {max(n_batches)} and {millions(sizes[-1])} parameters, {stored_bytes(sizes[-1], max(n_batches))/1e9:.0f} GB."],
         [f"Storing is the quicker one at {', '.join(by_size.index[theirs < ours]) or 'none of these sizes'} of parameters, and with 1 million at n_batch={', '.join(map(str, quicker)) or 'none of these'}. What `bs_find` does on top: the noise scale in Adam's own metric, that of every parameter, checks for what is not finite, the copy and putting back.",
          f"What does not depend on the number of batches weighs most in the runs of the smallest model, where all batches of a `fit` take {40*float(by_size.fit.iloc[0].split()[0]):.0f} ms.",
          len(less) and f"Storing takes less memory where `n_batch` is {', '.join(map(str, sorted(set(less.n_batch))))}: `bs_find` pays for its copy there."],

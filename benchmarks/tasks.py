@@ -1,9 +1,9 @@
 "The tasks on which predictions are compared with real training: data, model, optimizer and the training losses to reach"
-import os
 from functools import cache, partial
 from typing import NamedTuple
 
 import numpy as np, pandas as pd, torch
+from filelock import FileLock
 from PIL import Image
 from torch import nn
 from fastai.basics import Adam, CrossEntropyLossFlat, DataLoader, DataLoaders, IndexSplitter, Learner, SGD, URLs, get_image_files, set_seed, untar_data
@@ -16,14 +16,15 @@ from common import here, NoValid
 
 def read(folder):
     "Pixels and classes, which are the names of folders; kept in build/ for the next benchmark, since 60,000 files take half a minute"
-    kept = here.parent/'build'/f'{folder.parent.name}.pt'
-    if not kept.exists():
-        files = get_image_files(folder)
-        classes = sorted({f.parent.name for f in files})
-        kept.parent.mkdir(exist_ok=True)
-        part = kept.with_suffix(f'.{os.getpid()}')  # processes may read at the same time
-        torch.save((torch.stack([torch.from_numpy(np.array(Image.open(f))) for f in files]), torch.tensor([classes.index(f.parent.name) for f in files])), part)
-        part.replace(kept)
+    kept = here.parent/'build'/f'{folder.parent.name}-{folder.name}.pt'
+    kept.parent.mkdir(exist_ok=True)
+    with FileLock(f'{kept}.lock'):  # two processes need it at the same time
+        if not kept.exists():
+            files = get_image_files(folder)
+            classes = sorted({f.parent.name for f in files})
+            part = kept.with_suffix('.part')
+            torch.save((torch.stack([torch.from_numpy(np.array(Image.open(f))) for f in files]), torch.tensor([classes.index(f.parent.name) for f in files])), part)
+            part.replace(kept)
     return torch.load(kept)
 
 

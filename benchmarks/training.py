@@ -48,6 +48,11 @@ def train(task, bs, lr, seed, max_steps):
     return [dict(bs=bs, lr=lr, seed=seed, target=t, steps=s) for t,s in zip(task.targets, reached)]
 
 
+def runs(task, bs, lr, best, max_steps):
+    "A training per seed, for `max_steps`, or 1.5 times the `best` number of steps so far: what takes longer is hopeless"
+    return [train(task, bs, lr, seed, math.ceil(min(1.5*best, max_steps))) for seed in seeds]
+
+
 def geomean(x): return math.exp(np.mean(np.log(x)))
 
 
@@ -57,10 +62,9 @@ def search(task, bs, lr, max_steps):
     def score(lr, i):
         if lr not in done:
             best = [min((v[j] for v in done.values()), default=math.inf) for j in range(len(task.targets))]
-            cap = math.ceil(min(1.5*best[-1], max_steps))
-            runs = [train(task, bs, lr, seed, cap) for seed in seeds]
-            rows.extend(r for run in runs for r in run)
-            done[lr] = [geomean([run[j]['steps'] for run in runs]) for j in range(len(task.targets))]
+            new = runs(task, bs, lr, best[-1], max_steps)
+            rows.extend(r for run in new for r in run)
+            done[lr] = [geomean([run[j]['steps'] for run in new]) for j in range(len(task.targets))]
             print(f'  bs={bs} lr={lr:.4g}: steps {[round(s, 1) for s in done[lr]]}', flush=True)
         return done[lr][i]
     for i in range(len(task.targets)):

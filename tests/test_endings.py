@@ -67,15 +67,14 @@ endings = {in_model: ValueError, out_of_memory: torch.OutOfMemoryError, in_callb
 
 _untouched = {}
 
-def untouched(make, lr, kind, break_it):
+def untouched(make, lr, kind, in_workers):
     "What a training leaves behind on a learner that never saw `bs_find`: of each kind one is trained, and one that loads in workers"
-    key = kind,break_it is in_worker
-    if key not in _untouched:
+    if (kind, in_workers) not in _untouched:
         learn = make()
-        break_it(learn, first)
+        if in_workers: in_worker(learn, first)
         learn.fit(1, lr)
-        _untouched[key] = trained(learn)
-    return _untouched[key]
+        _untouched[kind, in_workers] = trained(learn)
+    return _untouched[kind, in_workers]
 
 
 @pytest.mark.parametrize('at', [first, middle, last])
@@ -94,4 +93,4 @@ def test_nothing_remains(break_it, error, kind, at, fastai_data):
     forget(learn)
     assert changes(was, state(learn)) == []
     learn.fit(1, lr)
-    assert same(trained(learn), untouched(make, lr, kind, break_it))
+    assert same(trained(learn), untouched(make, lr, kind, break_it is in_worker))
