@@ -87,9 +87,9 @@ class BSFinder(LockStep):
         self.diverged = why in (_not_finite, _never_finite)
         self.stopped = f"Stopped after {after} of {self.num_it} batches: {why}{f' (rank {rank})' if self.processes.size > 1 else ''}."
 
-    def _check_loss(self):
-        "Stop where the loss is not finite"
-        if not torch.isfinite(self.learn.loss.detach()).all(): self._stop(_not_finite if self._spent and self._steps else _never_finite)
+    def _check_loss(self, loss=None):
+        "Stop where `loss`, that of this batch by default, is not finite"
+        if not torch.isfinite(self.learn.loss.detach() if loss is None else loss).all(): self._stop(_not_finite if self._spent and self._steps else _never_finite)
 
     def after_loss(self):
         if not self._spent: self._first_loss = self.learn.loss.detach().mean()
@@ -166,7 +166,7 @@ def _skip_step(self:BSFinder):
 # %% ../nbs/04_finder.ipynb #30ef8938
 @patch
 def _complete(self:BSFinder, bs, loss_scale):
-    self._check_loss()
+    self._check_loss(self._loss_sum)
     loss_sum,measured,all_bs = self.add_up(self._meter.sums, self._meter.params, float(self._loss_sum), 1., float(self._bs))
     self._loss_sum = 0.
     if measured < self.processes.size:  # somebody else's epoch did not have enough batches left

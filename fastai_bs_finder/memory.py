@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastcore.basics import patch
 from fastai.callback.core import Callback
 from fastai.learner import Learner
+from fastai.torch_core import default_device
 from .distributed import by_itself, n_local_processes, together
 from .steps import batch_size, _check_empty, _check_model, mock_training, n_train_examples, out_of_memory, run_steps
 
@@ -97,14 +98,16 @@ class _CudaBytes(_StepBytes):
     counting = nullcontext()
     def __init__(self, device):
         super().__init__()
-        self.device = device
+        self.device = device if device.index is not None else torch.device('cuda', torch.cuda.current_device())
 
     def reset(self): torch.cuda.reset_peak_memory_stats(self.device)
     def peak(self): return torch.cuda.max_memory_allocated(self.device)
     def empty_cache(self): torch.cuda.empty_cache()
 
     @property
-    def available(self): return torch.cuda.mem_get_info(self.device)[0] + torch.cuda.memory_reserved(self.device)
+    def available(self):
+        free,total = torch.cuda.mem_get_info(self.device)
+        return min(free + torch.cuda.memory_reserved(self.device), int(total*torch.cuda.get_per_process_memory_fraction(self.device)))
 
 # %% ../nbs/07_memory.ipynb #bf837681
 def _storages(o):
@@ -166,7 +169,9 @@ def _probe_sizes(bs, most):
     small = 1 if bs == 1 else max(bs//4, 2)
     return sorted({min(small, most), min(max(bs, 2*small), most)})
 
-def _device(learn): return torch.device(getattr(learn.dls, 'device', None) or next(learn.model.parameters()).device)
+def _device(learn):
+    "Where `fit` trains"
+    return torch.device(getattr(learn.dls, 'device', default_device()) or next(learn.model.parameters()).device)
 
 def _meter(learn):
     device = _device(learn)

@@ -275,7 +275,9 @@ def _end_workers(self:Snapshot, error):
         if not isinstance(it, _MultiProcessingDataLoaderIter): continue
         try: it._shutdown_workers()
         except AttributeError:  # interrupted while it started them
-            for worker in getattr(it, '_workers', ()): worker.terminate()
+            for worker in getattr(it, '_workers', ()):
+                worker.terminate()
+                worker.join(5)
 
 @patch
 def _undo_grad(self:Snapshot, t, requires_grad, grad):

@@ -11,6 +11,9 @@ from fastai_bs_finder import finder
 matplotlib.use('agg')
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that starts the tests in the background ignores it
 torch.set_num_threads(1)  # faster for networks as small as these
+if torch.cuda.is_available():  # what is compared bit for bit needs kernels that always add up in the same order
+    os.environ['CUBLAS_WORKSPACE_CONFIG'] = ':4096:8'
+    torch.use_deterministic_algorithms(True, warn_only=True)
 
 both = dict(deadline=None, database=None, suppress_health_check=list(HealthCheck))
 settings.register_profile('short', max_examples=300, derandomize=True, **both)  # the same cases each time

@@ -51,7 +51,7 @@ def frozen(o, seen):
 def state(learn):
     "All that a training could change: what can be reached from the learner, and the global random generators and autocast"
     return dict(learn=frozen(learn, {}), flags=[m.training for m in learn.model.modules()], autocast=(torch.is_autocast_enabled('cpu'), torch.is_autocast_enabled('cuda')),
-                rng=[digest(repr(s).encode()) for s in (random.getstate(), np.random.get_state(), torch.get_rng_state().tolist())])
+                rng=[digest(repr(s).encode()) for s in (random.getstate(), np.random.get_state(), torch.get_rng_state().tolist(), [s.tolist() for s in torch.cuda.get_rng_state_all()] if torch.cuda.is_available() else [])])
 
 
 def changes(was, now, path='learn'):

@@ -132,7 +132,8 @@ class NamesLSTM(nn.Module):
         self.emb,self.lstm,self.out = nn.Embedding(n_chars, 16),nn.LSTM(16, 32),nn.Linear(32, n_langs)
 
     def forward(self, x):
-        packed = x.seqs._replace(data=self.emb(x.seqs.data))
+        seqs = x.seqs.to(self.out.weight.device)  # fastai does not see that there are tensors
+        packed = seqs._replace(data=self.emb(seqs.data))
         return self.out(self.lstm(packed)[1][0][0])
 
 

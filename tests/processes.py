@@ -1,6 +1,6 @@
 "Run a function in several processes that train together, as `torchrun` does, forked from the tests to save the imports"
 import faulthandler, os, socket, sys, time, traceback
-import torch, torch.multiprocessing as mp
+import pytest, torch, torch.multiprocessing as mp
 import fastai.distributed, torch._dynamo, torch._inductor.utils  # before the fork: what DistributedDataParallel imports, some seconds
 from fastai_bs_finder.distributed import broadcast_on_any_device
 
@@ -25,6 +25,7 @@ def _child(rank, n, port, folder, f, args, seconds):
 
 def run_processes(folder, n, f, *args, seconds=30):
     "What `f(rank, *args)` returns for each rank; `None` for one that was killed. All must end in time, and none with an exception"
+    if torch.cuda.is_initialized(): pytest.skip('a GPU was used before in this process, which cannot fork now: run this file alone')
     folder.mkdir(exist_ok=True)
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))

@@ -7,9 +7,10 @@ from fastai.basics import Callback, CrossEntropyLossFlat, Learner, accuracy, set
 from fastai.callback.fp16 import MixedPrecision
 from fastai.distributed import ParallelTrainer
 
+from fastai_bs_finder import memory
 from fastai_bs_finder.all import *
 from footprint import assert_no_footprint, changes, forget, state
-from learners import digits, loaders
+from learners import digits, loaders, plain_pytorch
 
 cuda = pytest.mark.cuda
 devices = ['cpu', pytest.param('cuda', marks=cuda)]
@@ -78,3 +79,9 @@ def test_weights_on_a_gpu_are_kept_in_host_memory():
     snapshot = Snapshot(learn)
     assert torch.cuda.memory_allocated() == before
     snapshot.restore()
+
+
+@cuda
+@pytest.mark.parametrize('make', [lambda: learner('cuda'), plain_pytorch], ids=['loaders on the GPU', 'loaders of PyTorch'])
+def test_memory_is_that_of_the_gpu(make):
+    assert isinstance(memory._meter(make()), memory._CudaBytes) and make().max_bs() == 480

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from filelock import FileLock
 from sklearn.datasets import load_digits
 from fastai.basics import Callback, CancelBatchException, CancelEpochException, CancelFitException, CancelStepException, CancelTrainException, CrossEntropyLossFlat, DataLoader, DataLoaders, Learner, SGD, Adam, accuracy
 from fastai.callback.all import CSVLogger, GradientAccumulation, GradientClip, ProgressCallback
@@ -20,6 +21,10 @@ x,y = load_digits(return_X_y=True)
 x,y = torch.tensor(x/16, dtype=torch.float32),torch.tensor(y)
 n = 640
 root = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu(monkeypatch): monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)  # a GPU cannot be used after a fork
 
 
 def loader(order, bs=8, **kwargs): return DataLoader([(x[i], y[i]) for i in order], bs=bs, num_workers=0, device=torch.device('cpu'), **kwargs)
@@ -332,12 +337,12 @@ _tell = "\nPath(f'rank{rank_distrib()}.txt').write_text(repr([learn.recorder.bs_
 
 def start(folder, *lines, **variables):
     "What commands that run at the same time print"
-    env = os.environ | variables | dict(OMP_NUM_THREADS='1', PYTHONWARNINGS='ignore', MPLBACKEND='agg', PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-    if not torch.cuda.is_available(): env['ACCELERATE_USE_CPU'] = 'true'
-    started = [subprocess.Popen(line, shell=True, cwd=folder, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for line in lines]
-    try: out = [p.communicate(timeout=300) for p in started]
-    finally:
-        for p in started: p.kill()
+    env = os.environ | variables | dict(OMP_NUM_THREADS='1', PYTHONWARNINGS='ignore', MPLBACKEND='agg', ACCELERATE_USE_CPU='true', CUDA_VISIBLE_DEVICES='', PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    with FileLock(folder.parents[1]/'port.lock'):  # launchers listen at the same one
+        started = [subprocess.Popen(line, shell=True, cwd=folder, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for line in lines]
+        try: out = [p.communicate(timeout=300) for p in started]
+        finally:
+            for p in started: p.kill()
     assert not any(p.returncode for p in started), out
     return ''.join(o for o,_ in out)
 

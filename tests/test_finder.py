@@ -377,6 +377,18 @@ def test_on_a_gpu_the_loss_is_checked_once_in_a_while(capsys, as_on_a_gpu):
     assert 'Stopped after 20 of 60 batches: the loss is not finite' in capsys.readouterr().out
 
 
+@pytest.mark.parametrize('at,why', [(2, 'no step was made yet'), (12, 'lower lr'), (42, 'lower lr')])
+def test_on_a_gpu_a_loss_that_is_not_finite_stops_after_its_measurement(capsys, as_on_a_gpu, at, why):
+    "Whichever of its batches it is; in training, the next look sees it"
+    def spoil(cb):
+        if cb.train_iter == at and cb.training: cb.learn.loss_grad = cb.learn.loss = cb.learn.loss_grad*nan
+    class Spoil(Callback):
+        def after_loss(self): spoil(self)
+    digits_learner(cbs=Spoil()).bs_find(.1, 60, show_plot=False)
+    said = capsys.readouterr().out
+    assert f'Stopped after {10*(at//10 + 1)} of 60 batches: the loss is not finite' in said and why in said
+
+
 class Scaling(MixedPrecision):
     "fastai's loss scaling, without autocast and on the CPU"
     def before_fit(self): self.learn.scaler,self.scales,self.autocast = torch.amp.GradScaler('cpu', **self.kwargs),[],torch.autocast('cpu', enabled=False)

@@ -15,7 +15,7 @@ from fastai_bs_finder.all import *
 from fastai_bs_finder.demo import digits_learner
 from fastai_bs_finder.steps import mock_training
 from footprint import changes, forget, state
-from learners import digits, loaders, maker, mlp, stream, tabular
+from learners import digits, loaders, maker, mlp, plain_pytorch, stream, tabular
 
 
 def learner(model=None, bs=16, n=480, **kwargs):
@@ -166,7 +166,7 @@ def test_a_failed_step_is_let_go():
 @pytest.fixture
 def gpu(monkeypatch):
     "A function: from now on `torch.cuda` is a GPU of `total` bytes, in which a step with `b` examples takes `peak(b)`; returns the sizes that ran out of memory"
-    def make(total, peak, others=0, reserved=0):
+    def make(total, peak, others=0, reserved=0, fraction=1.):
         now,failed = [0],[]
         class Simulated(nn.Module):
             def __init__(self):
@@ -175,12 +175,12 @@ def gpu(monkeypatch):
 
             def forward(self, x):
                 now[0] = max(now[0], peak(len(x)))
-                if peak(len(x)) > total - others:
+                if peak(len(x)) > min(total - others, total*fraction):
                     failed.append(len(x))
                     raise torch.OutOfMemoryError('CUDA out of memory')
                 return self.net(x)
         for name,f in dict(reset_peak_memory_stats=lambda d: now.__setitem__(0, 0), max_memory_allocated=lambda d: now[0], mem_get_info=lambda d: (total - others - reserved, total),
-                           memory_reserved=lambda d: reserved, empty_cache=lambda: None).items(): monkeypatch.setattr(torch.cuda, name, f)
+                           memory_reserved=lambda d: reserved, get_per_process_memory_fraction=lambda d: fraction, empty_cache=lambda: None).items(): monkeypatch.setattr(torch.cuda, name, f)
         monkeypatch.setattr(memory, '_device', lambda learn: torch.device('cuda', 0))
         return Simulated(),failed
     return make
@@ -192,6 +192,17 @@ def test_on_a_gpu_the_limit_is_found_without_running_into_it(gpu, bs, reserved):
     model,failed = gpu(10**6, lambda b: 50_000 + 2_000*b, others=100_000, reserved=reserved)
     assert quiet(learner(model, bs=bs), lambda learn: learn.max_bs()) == (.9*900_000 - 50_000)//2_000
     assert quiet(learner(model, bs=bs), lambda learn: learn.max_bs(1.)) == 425 and not failed
+
+
+def test_on_a_gpu_a_limit_of_the_process_counts(gpu):
+    model,failed = gpu(10**6, lambda b: 50_000 + 2_000*b, others=100_000, fraction=.5)
+    assert quiet(learner(model), lambda learn: learn.max_bs(1.)) == 225 and not failed
+
+
+def test_memory_is_that_of_the_device_on_which_fit_trains(monkeypatch):
+    "Loaders of PyTorch have no device: fastai moves the model to the default one"
+    monkeypatch.setattr(memory, 'default_device', lambda: torch.device('meta'))
+    assert memory._device(plain_pytorch()).type == 'meta' and memory._device(learner()).type == 'cpu'
 
 
 @pytest.mark.parametrize('peak', [lambda b: 50_000 + 8*b**2, lambda b: 50_000 + 1_000*b + 400_000*(b > 100), lambda b: max(200_000, 2_500*b), lambda b: 50_000 + 30_000*b**.5], ids=['square', 'jump', 'kink', 'root'])
@@ -212,7 +223,7 @@ def test_on_a_gpu_an_in_use_size_that_does_not_fit(gpu):
 
 @pytest.mark.cuda
 @pytest.mark.parametrize('model', [lambda: nn.Sequential(nn.Linear(512, 2048), nn.ReLU(), nn.Linear(2048, 10)), lambda: sequential(nn.Unflatten(1, (2, 16, 16)), ConvLayer(2, 32), ConvLayer(32, 64, stride=2), nn.AdaptiveAvgPool2d(1), Flatten(), nn.Linear(64, 10))], ids=['MLP', 'ConvNet'])
-def test_on_a_gpu_against_bisection(model):
+def test_on_a_gpu_against_bisection(model, request):
     def small():
         set_seed(1)
         dl = torch_data.DataLoader(torch_data.TensorDataset(torch.rand(200_000, 512), torch.randint(10, (200_000,))), 64, drop_last=True)
@@ -222,7 +233,8 @@ def test_on_a_gpu_against_bisection(model):
         return Learner(DataLoaders(dl, dl), model().cuda(), loss_func=CrossEntropyLossFlat(), cbs=Move())
     gc.collect()
     torch.cuda.empty_cache()
-    hog = torch.empty(torch.cuda.mem_get_info()[0] - 2*2**30, dtype=torch.uint8, device='cuda')  # a GPU with 2 GB
+    request.addfinalizer(lambda: torch.cuda.set_per_process_memory_fraction(1.))
+    torch.cuda.set_per_process_memory_fraction(2*2**30/torch.cuda.mem_get_info()[1])  # a GPU with 2 GB
     res = small().max_bs()
     learn,fits,fails = small(),1,200_001
     with mock_training(learn):
@@ -231,7 +243,6 @@ def test_on_a_gpu_against_bisection(model):
             bs = (fits + fails)//2
             if meter.measure(learn, bs)[1] == float('inf'): fails = bs
             else: fits = bs
-    del hog
     assert .75*fits <= res <= fits
 
 

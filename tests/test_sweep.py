@@ -279,7 +279,7 @@ def test_slices_survive_a_file():
     def two_groups(model): return [list(model[0].parameters()), list(model[2].parameters())]
     def run(**kwargs): return sweep(plain(splitter=two_groups), [16, 32], 1., lrs=[slice(.03, .3), [.1, .2]], budget=30, **kwargs)
     whole = run()
-    again = run(resume=pd.read_csv(StringIO(whole.to_csv())))
+    again = run(resume=pd.read_csv(StringIO(whole.to_csv()), float_precision='round_trip'))
     assert list(map(str, again.lr)) == list(map(str, whole.lr)) and list(again.seconds) == list(whole.seconds)
 
 
