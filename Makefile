@@ -25,7 +25,7 @@ $(VENV)/.installed: pyproject.toml
 		{ echo "Python 3.10 or later is needed: make PYTHON=/path/to/python3"; exit 1; }
 	@echo "Installing into $(VENV): some minutes the first time"
 	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install -q -e '.[dev]'
+	@$(BIN)/python -m pip install -q --no-compile -e '.[dev]'
 	@touch $@
 
 demo: install

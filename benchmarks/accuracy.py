@@ -1,8 +1,6 @@
 "Four ways to measure the noise scale against the truth, from the same number of batches: writes accuracy.md and accuracy.png"
 import argparse, math, warnings
-from concurrent.futures import ProcessPoolExecutor
 from itertools import product
-from multiprocessing import get_context
 
 import numpy as np, pandas as pd, torch
 from matplotlib.figure import Figure
@@ -14,9 +12,8 @@ from fastai.imports import noop
 import fastai_bs_finder.finder
 from fastai_bs_finder.demo import digits_learner
 from fastai_bs_finder.noise import ema_weights
-from common import here, write_page
+from common import at_once, here, write_page
 
-torch.set_num_threads(1)  # faster for a network as small as this, and leaves the other cores to other settings
 num_it,bs,beta = 400,16,.9
 settings = {'SGD .01': (SGD, .01), 'SGD .05': (SGD, .05), 'SGD .1': (SGD, .1), 'SGD .3': (SGD, .3), 'Adam 1e-3': (Adam, 1e-3), 'Adam 3e-3': (Adam, 3e-3), 'Adam 1e-2': (Adam, 1e-2)}
 pairs = dict(n_batch=2, n_train=0, beta=beta**(2/20))  # ten times as many measurements, averaged over the same batches
@@ -128,8 +125,7 @@ def main():
     p = argparse.ArgumentParser(description=__doc__)
     p.add_argument('--seeds', type=int, default=4, help='runs per setting and way')
     args = p.parse_args()
-    each = zip(*product(settings, range(args.seeds)))
-    with ProcessPoolExecutor(mp_context=get_context('spawn')) as pool: res = [*pool.map(answers, *each)]
+    res = at_once(answers, product(settings, range(args.seeds)))
     df,differ = pd.DataFrame([r for rows,_ in res for r in rows]),max(d for _,d in res)
     picture(df, list(runs))
     def by(*keys): return df.groupby([*keys], sort=False)[['noise_scale', 'truth', 'end', 'lo', 'hi']].apply(errors)

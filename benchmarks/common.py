@@ -1,6 +1,8 @@
 "The learner that the benchmarks measure, and what they print of the machine"
 import os, platform, re, weakref
+from concurrent.futures import ProcessPoolExecutor
 from datetime import date
+from multiprocessing import get_context
 from pathlib import Path
 
 import fastai, torch
@@ -68,6 +70,11 @@ def peak(f):
     "The most bytes that tensors made by `f` took at once"
     with PeakBytes() as p: f()
     return p.peak
+
+
+def at_once(f, calls):
+    "What `f` returns for each of the arguments in `calls`, on all cores: for what is not timed"
+    with ProcessPoolExecutor(mp_context=get_context('spawn'), initializer=torch.set_num_threads, initargs=(1,)) as pool: return [*pool.map(f, *zip(*calls))]
 
 
 def panels(df, name):

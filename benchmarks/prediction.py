@@ -6,7 +6,7 @@ from matplotlib.figure import Figure
 
 import fastai_bs_finder.finder
 from fastai_bs_finder.predict import noiseless_mean, rel_steps
-from common import write_page
+from common import at_once, write_page
 from tasks import tasks
 from training import best_runs, bs0, geomean, here, runs, seeds, sizes, step_seconds
 
@@ -38,10 +38,11 @@ def seconds_per_step(task, lrs, rounds=3):
     return {bs: min(f[bs] for f in found) for bs in lrs}
 
 
-def mean_of(stats, kind):
-    "The average of one of the three noise scales, over noiseless steps"
-    B = stats[f'{kind}noise_scale']
-    return noiseless_mean(B[B > 0], bs0)
+def noise_scales(name, lr, steps, n_seeds):
+    "The average of each of the three noise scales, over noiseless steps"
+    tables = [found(tasks[name], lr, steps, seed, hessian=True, profile=False)[0].recorder.bs_stats for seed in range(n_seeds)]
+    def mean(B): return noiseless_mean(B[B > 0], bs0)
+    return {label: geomean([mean(stats[f'{prefix}noise_scale']) for stats in tables]) for label,prefix in dict(simple='', optimizer='opt_', Hessian='full_').items()}
 
 
 def off(predicted, measured):
@@ -50,11 +51,11 @@ def off(predicted, measured):
     return math.exp(np.mean(e)),math.exp(max(e))
 
 
-def time_to_target(task, target, bs, lr, seconds, max_steps):
-    "Steps to the target at `bs` with the best of three learning rates around the predicted one, `max_steps` at most, times the seconds of a step"
-    task,best = task._replace(targets=(target,)),math.inf
+def steps_to_target(name, target, bs, lr, max_steps):
+    "Steps at `bs` with the best of three learning rates around the predicted one, `max_steps` at most"
+    task,best = tasks[name]._replace(targets=(target,)),math.inf
     for f in (1, .5, 2): best = min(best, geomean([run[0]['steps'] for run in runs(task, bs, lr*f, best, max_steps)]))
-    return best*seconds
+    return best
 
 
 def picture(rows):
@@ -76,44 +77,43 @@ def main():
     p.add_argument('--seeds', type=int, default=1, help='mock trainings per target')
     args = p.parse_args()
     best = best_runs(pd.read_csv(here/'training.csv'))
-    rows,errors,costs,choices = [],[],[],[]
+    starts = {(name, target): (name, float(best.lr[name, target, bs0]), best.steps[name, target, bs0]) for name in args.tasks for target in tasks[name].targets}
+    noise = dict(zip(starts, at_once(noise_scales, [(*start, args.seeds) for start in starts.values()])))
+    tables,fastest,seconds,costs = {},{},{},[]
     for name in args.tasks:
-        task,at,results = tasks[name],best.loc[name],{}
-        lrs = {b: float(lr) for b,lr in at.loc[task.targets[-1]].lr.items()}
+        task = tasks[name]
+        lrs = best.lr[name, task.targets[-1]].astype(float).to_dict()
         for target in task.targets:
-            m = at.loc[target]
-            lr0,ratios,noise,fast = float(m.lr[bs0]),[],{k: [] for k in ('', 'opt_', 'full_')},[]
-            for seed in range(args.seeds):
-                learn,sug = found(task, lr0, m.steps[bs0], seed)
-                ratios.append(learn.recorder.bs_table)
-                fast.append(sug.fastest)
-                hessian,_ = found(task, lr0, m.steps[bs0], seed, hessian=True, profile=False)
-                for kind in noise: noise[kind].append(mean_of(hessian.recorder.bs_stats, kind))
-            lrs |= {f: ratios[0].loc[f, 'lr'] for f in fast if f not in lrs}
-            results[target] = m,ratios,noise,fast
-        seconds = seconds_per_step(task, lrs)
-        costs.append(cost(name, float(at.loc[task.targets[0], bs0].lr), seconds[bs0]))
-        for target,(m,ratios,noise,fast) in results.items():
-            reached = [b for b in m.index if math.isfinite(m.steps[b])]
-            others = [b for b in reached if b != bs0]
-            def predicted(q, b): return geomean([t.loc[b, q] for t in ratios])
-            for b in m.index:
-                ok = b in reached
-                rows.append(dict(task=name, target=target, bs=b, lr=m.lr[b] if ok else math.nan, steps=m.steps[b], steps_ratio=m.steps[b]/m.steps[bs0], predicted_steps=predicted('steps', b),
-                                 time_ratio=m.steps[b]*seconds[b]/(m.steps[bs0]*seconds[bs0]), predicted_time=predicted('time', b)))
-            r = pd.DataFrame(rows[-len(m):]).set_index('bs').loc[others]
-            e = dict(task=name, target=target)
-            e['steps, mean'],e['steps, largest'] = off(r.predicted_steps, r.steps_ratio)
-            e['time, mean'],e['time, largest'] = off(r.predicted_time, r.time_ratio)
-            for kind,label in ('', 'simple'), ('opt_', 'optimizer'), ('full_', 'Hessian'):
-                e[label] = off([rel_steps(b, bs0, geomean(noise[kind])) for b in others], r.steps_ratio)[0]
-            errors.append(e)
-            for f in sorted(set(fast)):
-                took = m.steps[f]*seconds[f] if f in reached else time_to_target(task, target, f, ratios[0].loc[f, 'lr'], seconds[f], 5*m.steps[bs0])
-                all_ = {b: m.steps[b]*seconds[b] for b in reached}
-                b = min(all_, key=all_.get)
-                choices.append(dict(task=name, target=target, fastest=f, seconds=took, best_measured=b, best_seconds=all_[b], ratio=took/all_[b], in_use=all_[bs0]/all_[b]))
-            print(e, choices[-1], flush=True)
+            answers = [found(task, *starts[name, target][1:], seed) for seed in range(args.seeds)]
+            tables[name, target],fastest[name, target] = [learn.recorder.bs_table for learn,_ in answers],sorted({sug.fastest for _,sug in answers})
+            lrs |= {f: tables[name, target][0].lr[f] for f in fastest[name, target] if f not in lrs}
+        seconds[name] = seconds_per_step(task, lrs)
+        costs.append(cost(name, starts[name, task.targets[0]][1], seconds[name][bs0]))
+        print(costs[-1], flush=True)
+    steps = best.steps[np.isfinite(best.steps)].to_dict()
+    untried = [(*key, f, tables[key][0].lr[f], 5*starts[key][2]) for key,found_ in fastest.items() for f in found_ if (*key, f) not in steps]
+    steps |= {at[:3]: n for at,n in zip(untried, at_once(steps_to_target, untried))}
+    rows,errors,choices = [],[],[]
+    for (name,target),ratios in tables.items():
+        m,sec = best.loc[name].loc[target],seconds[name]
+        reached = [b for b in m.index if math.isfinite(m.steps[b])]
+        others = [b for b in reached if b != bs0]
+        def predicted(q, b): return geomean([t.loc[b, q] for t in ratios])
+        for b in m.index:
+            ok = b in reached
+            rows.append(dict(task=name, target=target, bs=b, lr=m.lr[b] if ok else math.nan, steps=m.steps[b], steps_ratio=m.steps[b]/m.steps[bs0], predicted_steps=predicted('steps', b),
+                             time_ratio=m.steps[b]*sec[b]/(m.steps[bs0]*sec[bs0]), predicted_time=predicted('time', b)))
+        r = pd.DataFrame(rows[-len(m):]).set_index('bs').loc[others]
+        e = dict(task=name, target=target)
+        e['steps, mean'],e['steps, largest'] = off(r.predicted_steps, r.steps_ratio)
+        e['time, mean'],e['time, largest'] = off(r.predicted_time, r.time_ratio)
+        e |= {label: off([rel_steps(b, bs0, B) for b in others], r.steps_ratio)[0] for label,B in noise[name, target].items()}
+        errors.append(e)
+        for f in fastest[name, target]:
+            took,all_ = steps[name, target, f]*sec[f],{b: m.steps[b]*sec[b] for b in reached}
+            b = min(all_, key=all_.get)
+            choices.append(dict(task=name, target=target, fastest=f, seconds=took, best_measured=b, best_seconds=all_[b], ratio=took/all_[b], in_use=all_[bs0]/all_[b]))
+        print(e, choices[-1], flush=True)
     rows,errors,costs,choices = map(pd.DataFrame, (rows, errors, costs, choices))
     rows.to_csv(here/'prediction.csv', index=False, float_format='%.4g')
     picture(rows)

@@ -9,7 +9,7 @@ from fastai.basics import Callback, CancelBatchException
 from fastai.callback.training import ShortEpochCallback
 
 import fastai_bs_finder.finder
-from common import here, mlp_learner, n_bytes, peak, write_page
+from common import at_once, here, mlp_learner, n_bytes, peak, write_page
 
 sizes,n_batches,bs,lr = (100_000, 1_000_000, 10_000_000, 50_000_000),(2, 20, 100, 500),16,1e-3
 
@@ -68,10 +68,10 @@ def ratios(learn, ways, rounds):
 def stored_bytes(n, n_batch): return 4*n*n_batch
 
 
-def beyond_fit(n, n_batch, most):
+def beyond_fit(n, n_batch, most, room):
     "Peak bytes in units of the gradients' size, less those of a plain fit: of `bs_find`, and of storing, or what it would need"
     needs = stored_bytes(n, n_batch)
-    run_ours,run_storing = n*n_batch <= most,needs <= psutil.virtual_memory().available/6
+    run_ours,run_storing = n*n_batch <= most,needs <= room
     row = dict(parameters=n, n_batch=n_batch, bs_find=math.nan, storing=f'needs {needs/1e9:.0f} GB')
     if not (run_ours or run_storing): return row
     learn = learner(n, 2*n_batch, 1)
@@ -83,6 +83,7 @@ def beyond_fit(n, n_batch, most):
     fit = more(partial(few, learn))
     if run_storing: row['storing'] = more(partial(storing, learn, n_batch)) - fit
     if run_ours: row['bs_find'] = more(partial(finding, learn, n_batch)) - fit
+    print(row, flush=True)
     return row
 
 
@@ -126,11 +127,7 @@ def main():
     by_k = pd.DataFrame({k: {way: r[way, k] for way in ('bs_find(n_train=0)', 'storing')} for k in n_batches}).T.rename_axis('n_batch')
     print(by_k, flush=True)
     del learn
-    rows = []
-    for n in sizes:
-        for k in n_batches:
-            rows.append(beyond_fit(n, k, args.most))
-            print(rows[-1], flush=True)
+    rows = at_once(beyond_fit, [(n, k, args.most, psutil.virtual_memory().available/8) for n in sizes for k in n_batches])
     by_size,memory = pd.DataFrame(by_size).T.rename_axis('parameters'),pd.DataFrame(rows)
     tables = {way: memory.pivot(index='parameters', columns='n_batch', values=way).rename(index=millions) for way in ('bs_find', 'storing')}
     ran = memory[memory.storing.map(lambda v: not isinstance(v, str))]
@@ -169,7 +166,7 @@ Counted byte by byte, with batches of one example. Of `bs_find`, 3 are the copy 
 
 {show(tables['bs_find'])}
 
-Storing, which copies nothing and puts nothing back. What takes more than a sixth of the memory that is free on this machine was not run; what the stored gradients alone need is computed instead:
+Storing, which copies nothing and puts nothing back. What takes more than an eighth of the memory that is free on this machine was not run; what the stored gradients alone need is computed instead:
 
 {show(tables['storing'])}
 """)
