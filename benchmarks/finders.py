@@ -50,7 +50,7 @@ class SimulatedGPU(PeakBytes):
     def as_cuda(self):
         "`torch.cuda`'s figures are those of this GPU, for `max_bs` reads them; the copies that finders make on the host, or read from a file, do not count"
         with (patch.multiple(torch.cuda, reset_peak_memory_stats=lambda d: setattr(self, 'peak', self.now), max_memory_allocated=lambda d: self.peak,
-                             mem_get_info=lambda d: (self.total - self.now, self.total), memory_reserved=lambda d: self.now, empty_cache=noop),
+                             mem_get_info=lambda d: (self.total - self.now, self.total), memory_reserved=lambda d: self.now, get_per_process_memory_fraction=lambda d: 1., empty_cache=noop),
               patch.object(fastai_bs_finder.memory, '_device', lambda learn: torch.device('cuda', 0)),
               patch.object(Snapshot, '_undo_tensor', on_host(Snapshot._undo_tensor)), patch.object(torch, 'load', on_host(torch.load))): yield
 
@@ -60,10 +60,10 @@ class RealGPU:
     def __init__(self, total=gpu_bytes): self.total = total
     def __enter__(self):
         free()
-        self.rest = torch.empty(max(torch.cuda.mem_get_info()[0] - self.total, 0), dtype=torch.uint8, device='cuda')
+        torch.cuda.set_per_process_memory_fraction(self.total/torch.cuda.mem_get_info()[1])
         self.before = self._ooms()
         return self
-    def __exit__(self, *args): self.rest = None
+    def __exit__(self, *args): torch.cuda.set_per_process_memory_fraction(1.)
     def _ooms(self): return torch.cuda.memory_stats()['num_ooms']
     @property
     def n_ooms(self): return self._ooms() - self.before

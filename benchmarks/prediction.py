@@ -26,7 +26,6 @@ def cost(name, lr, seconds):
         start = time.perf_counter()
         sug = learn.bs_find(lr, show_plot=False, **kwargs)
         return time.perf_counter() - start,sug.fastest
-    took(profile=False)
     (both,*answers),(without,_),*again = took(),took(profile=False),took(),took()
     answers += [f for _,f in again]
     return dict(task=name, epoch_seconds=epoch, finder=both/epoch, profile=(both - without)/epoch, profile_of_finder=1 - without/both, fastest=', '.join(map(str, answers)), apart=max(answers)/min(answers) if all(answers) else math.nan)
