@@ -51,10 +51,8 @@ def off(predicted, measured):
 
 
 def steps_to_target(name, target, bs, lr, max_steps):
-    "Steps at `bs` with the best of three learning rates around the predicted one, `max_steps` at most"
-    task,best = tasks[name]._replace(targets=(target,)),math.inf
-    for f in (1, .5, 2): best = min(best, geomean([run[0]['steps'] for run in runs(task, bs, lr*f, best, max_steps)]))
-    return best
+    "Steps at `bs`, `max_steps` at most"
+    return geomean([run[0]['steps'] for run in runs(tasks[name]._replace(targets=(target,)), bs, lr, math.inf, max_steps)])
 
 
 def picture(rows):
@@ -140,7 +138,7 @@ Over the batch sizes other than {bs0}. The last three columns: the mean error in
 
 ## The fastest batch size
 
-`ratio` is the time at `fastest` over the best that was measured, `in_use` that of bs={bs0}.
+`ratio` is the time at `fastest` over the best that was measured, `in_use` that of bs={bs0}. Where `fastest` is none of the batch sizes of the grid, it is trained with the learning rate that `bs_find` says for it.
 
 {md(choices)}
 
