@@ -29,12 +29,13 @@ def main():
     times = took.div(took.fit, axis=0).drop(columns='fit').agg(['median', 'min', 'max']).T
     print(times, flush=True)
     del learn
-    learn = mlp_learner(210)
+    n_batches = 2, 5, 20, 200
+    learn = mlp_learner(max(n_batches))
     learn.fit(1, 1e-3, cbs=ShortEpochCallback())  # so that the optimizer's state and the gradients exist
     params = list(learn.model.parameters())
     grads = n_bytes(params)
     snapshot = grads + n_bytes(v for p in params for v in learn.opt.state[p].values() if isinstance(v, torch.Tensor))
-    memory = {k: (peak(lambda: learn.bs_find(1e-3, k, k, n_train=0, show_plot=False)) - snapshot - grads)/grads for k in (2, 5, 20, 200)}
+    memory = {k: (peak(lambda: learn.bs_find(1e-3, k, k, n_train=0, show_plot=False)) - snapshot - grads)/grads for k in n_batches}
     print(memory)
     over = [f'`{way}` takes {times["median"][way]:.2f} of the time of `fit`, {bound} was wanted.' for way,bound in bounds.items() if times['median'][way] > bound]
     over += [f'With n_batch={k} it takes {m:.2f} gradients of memory, {most} were wanted.' for k,m in memory.items() if m > most]

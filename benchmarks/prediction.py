@@ -51,7 +51,7 @@ def off(predicted, measured):
 
 
 def steps_to_target(name, target, bs, lr, max_steps):
-    "Steps at `bs`, `max_steps` at most"
+    "Steps of real training to the target, inf where `max_steps` are not enough"
     return geomean([run[0]['steps'] for run in runs(tasks[name]._replace(targets=(target,)), bs, lr, math.inf, max_steps)])
 
 
@@ -74,21 +74,21 @@ def main():
     p.add_argument('--seeds', type=int, default=1, help='mock trainings per target')
     args = p.parse_args()
     best = best_runs(pd.read_csv(here/'training.csv'))
-    starts = {(name, target): (name, float(best.lr[name, target, bs0]), best.steps[name, target, bs0]) for name in args.tasks for target in tasks[name].targets}
-    noise = dict(zip(starts, at_once(noise_scales, [(*start, args.seeds) for start in starts.values()])))
+    starts = {(name, target): (float(best.lr[name, target, bs0]), best.steps[name, target, bs0]) for name in args.tasks for target in tasks[name].targets}
+    noise = dict(zip(starts, at_once(noise_scales, [(name, *start, args.seeds) for (name,_),start in starts.items()])))
     tables,fastest,seconds,costs = {},{},{},[]
     for name in args.tasks:
         task = tasks[name]
         lrs = best.lr[name, task.targets[-1]].astype(float).to_dict()
         for target in task.targets:
-            answers = [found(task, *starts[name, target][1:], seed) for seed in range(args.seeds)]
+            answers = [found(task, *starts[name, target], seed) for seed in range(args.seeds)]
             tables[name, target],fastest[name, target] = [learn.recorder.bs_table for learn,_ in answers],sorted({sug.fastest for _,sug in answers})
             lrs |= {f: tables[name, target][0].lr[f] for f in fastest[name, target] if f not in lrs}
         seconds[name] = seconds_per_step(task, lrs)
-        costs.append(cost(name, starts[name, task.targets[0]][1], seconds[name][bs0]))
+        costs.append(cost(name, starts[name, task.targets[0]][0], seconds[name][bs0]))
         print(costs[-1], flush=True)
     steps = best.steps[np.isfinite(best.steps)].to_dict()
-    untried = [(*key, f, tables[key][0].lr[f], 5*starts[key][2]) for key,found_ in fastest.items() for f in found_ if (*key, f) not in steps]
+    untried = [(*key, f, tables[key][0].lr[f], 5*starts[key][1]) for key,found_ in fastest.items() for f in found_ if (*key, f) not in steps]
     steps |= {at[:3]: n for at,n in zip(untried, at_once(steps_to_target, untried))}
     rows,errors,choices = [],[],[]
     for (name,target),ratios in tables.items():

@@ -98,7 +98,7 @@ class _CudaBytes(_StepBytes):
     counting = nullcontext()
     def __init__(self, device):
         super().__init__()
-        self.device = device if device.index is not None else torch.device('cuda', torch.cuda.current_device())
+        self.device = device
 
     def reset(self): torch.cuda.reset_peak_memory_stats(self.device)
     def peak(self): return torch.cuda.max_memory_allocated(self.device)
@@ -107,7 +107,7 @@ class _CudaBytes(_StepBytes):
     @property
     def available(self):
         free,total = torch.cuda.mem_get_info(self.device)
-        return min(free + torch.cuda.memory_reserved(self.device), int(total*torch.cuda.get_per_process_memory_fraction(self.device)))
+        return min(free + torch.cuda.memory_reserved(self.device), int(total*torch.cuda.get_per_process_memory_fraction(self.device.index)))
 
 # %% ../nbs/07_memory.ipynb #bf837681
 def _storages(o):

@@ -380,10 +380,9 @@ def test_on_a_gpu_the_loss_is_checked_once_in_a_while(capsys, as_on_a_gpu):
 @pytest.mark.parametrize('at,why', [(2, 'no step was made yet'), (12, 'lower lr'), (42, 'lower lr')])
 def test_on_a_gpu_a_loss_that_is_not_finite_stops_after_its_measurement(capsys, as_on_a_gpu, at, why):
     "Whichever of its batches it is; in training, the next look sees it"
-    def spoil(cb):
-        if cb.train_iter == at and cb.training: cb.learn.loss_grad = cb.learn.loss = cb.learn.loss_grad*nan
     class Spoil(Callback):
-        def after_loss(self): spoil(self)
+        def after_loss(self):
+            if self.train_iter == at: self.learn.loss_grad = self.learn.loss = self.loss_grad*nan
     digits_learner(cbs=Spoil()).bs_find(.1, 60, show_plot=False)
     said = capsys.readouterr().out
     assert f'Stopped after {10*(at//10 + 1)} of 60 batches: the loss is not finite' in said and why in said
