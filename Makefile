@@ -18,14 +18,15 @@ help:
 	@echo "make training   run the real trainings that predictions are compared with (an hour); both need FASTAI_HOME"
 	@echo "make clean      remove what was built, .venv included"
 
-install: $(VENV)/.installed
+install: $(VENV)/.dev
 
-$(VENV)/.installed: pyproject.toml
+# What an extra of pyproject.toml lists
+$(VENV)/.%: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 		{ echo "Python 3.10 or later is needed: make PYTHON=/path/to/python3"; exit 1; }
 	@echo "Installing into $(VENV): some minutes the first time"
 	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install -q --no-compile -e '.[dev]'
+	@$(BIN)/python -m pip install -q --no-compile -e '.[$*]'
 	@touch $@
 
 demo: install
@@ -59,11 +60,10 @@ readme: install
 docs: install
 	$(BIN)/python docs/build.py
 
-bench: install
-	$(BIN)/python -m pip install -q lightning
+bench: $(VENV)/.bench
 	for name in accuracy scaling overhead finders growing distributed prediction results; do $(BIN)/python -W ignore benchmarks/$$name.py || exit 1; done
 
-training: install
+training: $(VENV)/.bench
 	rm -f benchmarks/training.csv
 	$(BIN)/python -W ignore benchmarks/training.py
 

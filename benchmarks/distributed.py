@@ -7,7 +7,7 @@ import pandas as pd, torch
 from fastai_bs_finder.track import NoiseScale
 from common import write_page
 
-rounds,per_round = 9,100
+rounds,per_round = 7,100
 compared = 'MNIST, MLP, SGD', 'CIFAR-10 subset, ConvNet, Adam'
 
 

@@ -8,7 +8,7 @@ import fastai_bs_finder.finder
 from fastai_bs_finder.predict import noiseless_mean, rel_steps
 from common import at_once, write_page
 from tasks import tasks
-from training import best_runs, bs0, geomean, here, runs, seeds, sizes, step_seconds
+from training import best_runs, bs0, geomean, here, seeds, sizes, step_seconds, train
 
 
 def found(task, lr, steps, seed, **kwargs):
@@ -50,9 +50,9 @@ def off(predicted, measured):
     return math.exp(np.mean(e)),math.exp(max(e))
 
 
-def steps_to_target(name, target, bs, lr, max_steps):
+def steps_to_target(name, target, bs, lr, max_steps, seed):
     "Steps of real training to the target, inf where `max_steps` are not enough"
-    return geomean([run[0]['steps'] for run in runs(tasks[name]._replace(targets=(target,)), bs, lr, math.inf, max_steps)])
+    return train(tasks[name]._replace(targets=(target,)), bs, lr, seed, max_steps)[0]['steps']
 
 
 def picture(rows):
@@ -89,7 +89,8 @@ def main():
         print(costs[-1], flush=True)
     steps = best.steps[np.isfinite(best.steps)].to_dict()
     untried = [(*key, f, tables[key][0].lr[f], 5*starts[key][1]) for key,found_ in fastest.items() for f in found_ if (*key, f) not in steps]
-    steps |= {at[:3]: n for at,n in zip(untried, at_once(steps_to_target, untried))}
+    trained = np.reshape(at_once(steps_to_target, [(*at, seed) for at in untried for seed in seeds]), (-1, len(seeds)))
+    steps |= {at[:3]: geomean(n) for at,n in zip(untried, trained)}
     rows,errors,choices = [],[],[]
     for (name,target),ratios in tables.items():
         m,sec = best.loc[name].loc[target],seconds[name]

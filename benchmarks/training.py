@@ -12,14 +12,14 @@ here = Path(__file__).parent
 
 
 class ToTargets(Callback):
-    "Trains until the training loss, on a fixed part of the training set, is below the last of `targets`, or for `max_steps`; notes the seconds of each step, evaluation left out"
+    "Trains until the training loss, on a fixed part of the training set, is at the last of `targets`, or for `max_steps`; notes the seconds of each step, evaluation left out"
     order,run_valid = 100,False
     def __init__(self, targets, max_steps): self.targets,self.max_steps,self.reached = targets,max_steps,[]
 
     def before_fit(self):
         idxs = np.random.default_rng(0).permutation(self.dls.train.n)[:2000].tolist()
         *self.x,self.y_ = first(self.dls.train.new(get_idxs=lambda: idxs, bs=len(idxs), shuffle=False, drop_last=False))
-        self.steps,self.next,self.seconds = 0,10,[]
+        self.steps,self.next,self.seconds = 0,10 if self.targets else math.inf,[]
         self.start = time.perf_counter()
 
     def training_loss(self):
@@ -33,7 +33,7 @@ class ToTargets(Callback):
         self.seconds.append(time.perf_counter() - self.start)
         self.start = time.perf_counter()
         if self.steps < self.next and self.steps < self.max_steps: return
-        loss = self.training_loss()
+        loss = self.training_loss() if self.targets else math.nan
         while len(self.reached) < len(self.targets) and loss <= self.targets[len(self.reached)]: self.reached.append(self.steps)
         if len(self.reached) == len(self.targets) or self.steps >= self.max_steps or not loss < 20: raise CancelFitException
         self.next = self.steps + math.ceil(self.steps*.04)
@@ -85,7 +85,7 @@ def best_runs(runs):
 
 def step_seconds(task, bs, lr, n=60):
     "Median seconds of a step of real training"
-    cb = ToTargets((-math.inf,), n)
+    cb = ToTargets((), n)
     task.make(bs, 0).fit(10**6, lr, cbs=cb)
     return float(np.median(cb.seconds))
 
