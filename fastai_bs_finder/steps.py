@@ -27,10 +27,12 @@ from fastcore.imports import noop
 from fastcore.foundation import L
 from fastai.callback import progress
 from fastai.callback.core import Callback, CancelFitException, CancelTrainException, CancelValidException
+from fastai.callback.data import WeightedDL
 from fastai.callback.fp16 import MixedPrecision, NonNativeMixedPrecision
 from fastai.callback.training import GradientAccumulation
 from fastai.data.load import DataLoader, _FakeLoader
 from fastai.learner import AvgSmoothLoss, Learner
+from fastai.tabular.core import TabWeightedDL
 from fastai.torch_core import find_bs, item_find, num_distrib, to_detach
 from .distributed import add_up, _before_broadcast, _dealt_by, is_distributed, trainers, ProcessError, Processes
 from .noise import GradSums
@@ -273,12 +275,16 @@ class TimedSteps(LockStep):
             self._over = True  # for all
             raise CancelFitException
 
-def _few(dl): return dl.rng.sample(range(dl.n), min(dl.n, 40*dl.bs*max(num_distrib(), 1)))
+_whole_epoch = DataLoader.get_idxs, WeightedDL.get_idxs, TabWeightedDL.get_idxs
+
+def _few(dl):
+    n = min(dl.n, 40*dl.bs*max(num_distrib(), 1))
+    return np.random.choice(dl.n, n, p=dl.wgts).tolist() if 'wgts' in vars(dl) else dl.rng.sample(range(dl.n), n)
 
 def _draw_few(dl):
-    "Let a fastai loader that shuffles draw examples for some steps, rather than shuffle the whole training set before the first"
+    "Let a fastai loader that shuffles, or draws by weights, draw examples for some steps, rather than for a whole epoch before the first"
     cls = type(dl)
-    plain = isinstance(dl, DataLoader) and (cls.get_idxs, cls.shuffle_fn) == (DataLoader.get_idxs, DataLoader.shuffle_fn) and not {'get_idxs', 'shuffle_fn'} & set(vars(dl))
+    plain = isinstance(dl, DataLoader) and cls.get_idxs in _whole_epoch and cls.shuffle_fn is DataLoader.shuffle_fn and not {'get_idxs', 'shuffle_fn'} & set(vars(dl))
     if plain and dl.shuffle and dl.bs and dl.n: dl.get_idxs = partial(_few, dl)  # worker processes may have to pickle it
 
 def run_steps(

@@ -1,14 +1,17 @@
 "Training steps at other batch sizes: their time by a clock that the test turns, and what remains of them"
 import math, pickle, re
 
-import pytest, torch
+import numpy as np, pytest, torch
 from torch.utils import data as torch_data
 from fastai.basics import Callback, CancelEpochException
+from fastai.callback.data import WeightedDL
+from fastai.tabular.core import TabWeightedDL
+from fastcore.imports import noop
 
 import fastai_bs_finder.finder as finder, fastai_bs_finder.memory as memory, fastai_bs_finder.steps as steps_module
 from fastai_bs_finder.all import *
 from fastai_bs_finder.demo import digits_learner
-from fastai_bs_finder.steps import StepTime, mock_training, profile_steps, run_steps
+from fastai_bs_finder.steps import StepTime, mock_training, profile_steps, run_steps, _draw_few
 from footprint import assert_no_footprint, changes, state
 from learners import maker
 
@@ -181,6 +184,15 @@ def test_drawing_few_survives_a_worker_process():
         dl = pickle.loads(pickle.dumps(learn.dls.train))
         idxs = dl.get_idxs()
     assert len(idxs) == len(set(idxs)) == 40*32 and 'get_idxs' not in vars(learn.dls.train)
+
+
+@pytest.mark.parametrize('cls', [WeightedDL, TabWeightedDL], ids=lambda c: c.__name__)
+def test_a_loader_with_weights_draws_few(cls):
+    weights = np.arange(1000) % 2
+    dl = cls(list(range(1000)), bs=4, wgts=weights, shuffle=True, after_batch=noop)
+    _draw_few(dl)
+    idxs = dl.get_idxs()
+    assert len(idxs) == 40*4 and weights[idxs].all() and all(type(i) is int for i in idxs)
 
 
 class Fails(Callback):
