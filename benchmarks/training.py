@@ -12,7 +12,7 @@ here = Path(__file__).parent
 
 
 class ToTargets(Callback):
-    "Trains until the training loss, on a fixed part of the training set, is at the last of `targets`, or for `max_steps`; notes the seconds of each step, evaluation left out"
+    "Trains until the training loss, on a fixed part of the training set, is at the last of `targets`, or for `max_steps`; notes the seconds of each step, evaluation left out. Without targets nothing is evaluated"
     order,run_valid = 100,False
     def __init__(self, targets, max_steps): self.targets,self.max_steps,self.reached = targets,max_steps,[]
 
