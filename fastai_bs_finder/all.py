@@ -1,12 +1,13 @@
 "Everything, in one import: `from fastai_bs_finder.all import *`"
 from .noise import *
-from .geometry import *
+from .metric import *
 from .snapshot import *
 from .memory import *
 from .predict import *
+from .result import *
 from .suggest import *
+from .words import *
 from .plot import *
-from .layers import *
 from .finder import *
 from .accumulate import *
 from .set_bs import *
