@@ -52,7 +52,7 @@ notebooks: install
 	$(BIN)/python nbs/readme.py
 
 short: install
-	BS_SHORT=1 PYTHONWARNINGS=ignore::FutureWarning,ignore::UserWarning $(BIN)/python -m nbconvert --to notebook --execute --output-dir build/short nbs/3*.ipynb
+	BS_SHORT=1 PYTHONWARNINGS=ignore::FutureWarning,ignore::UserWarning $(BIN)/python -m nbconvert --to notebook --execute --output-dir build/short nbs/6*.ipynb
 
 readme: install
 	$(BIN)/python nbs/readme.py

@@ -14,8 +14,8 @@ from sphinx.cmd.build import build_main
 
 root = Path(__file__).parents[1]
 lib = 'fastai_bs_finder'
-groups = {'': ('docs/how_it_works', 'docs/faq', 'docs/versions'), 'Tutorials': ('nbs/1?_tutorial*', 'nbs/2*'), 'Questions, answered with runs': ('nbs/3*',),
-          'Results': ('benchmarks/README', 'benchmarks/[!R]*'), 'API': ('docs/api', 'nbs/0*', 'nbs/1[!0]*')}
+groups = {'': ('docs/how_it_works', 'docs/faq', 'docs/versions'), 'Tutorials': ('nbs/0*',), 'Questions, answered with runs': ('nbs/6*',),
+          'Results': ('benchmarks/README', 'benchmarks/[!R]*'), 'API': ('docs/api', 'nbs/[1-5]*')}
 
 
 def tidy(

@@ -330,7 +330,7 @@ def test_what_works_in_a_single_process_says_so(tmp_path):
     for said in run_processes(tmp_path, 2, lambda rank: together(rank, f)): assert len(said) == 3 and all('single process' in s for s in said)
 
 
-tutorial = [''.join(c['source']) for c in json.loads((root/'nbs/24_distributed.ipynb').read_text())['cells']]
+tutorial = [''.join(c['source']) for c in json.loads((root/'nbs/03_distributed.ipynb').read_text())['cells']]
 script = next(c.removeprefix('%%writefile train.py\n') for c in tutorial if c.startswith('%%writefile train.py'))
 commands = dict(re.findall(r'^\| ([^|]+) \| `([^`]+)`', next(c for c in tutorial if c.startswith('## How to start it')), re.MULTILINE))
 _tell = "\nPath(f'rank{rank_distrib()}.txt').write_text(repr([learn.recorder.bs_stats.noise_scale.tolist(), found, learn.dls.train.bs]))\n"

@@ -82,7 +82,7 @@ def test_pages_are_free_of_leftovers(site):
         assert not page.find('progress') and not page.select('.cell_output div:empty'), path
         text = page.article.get_text() if page.article else ''
         assert not re.search(r'#\| ?(export|hide|default_exp)|<IPython|nbdev_export|<function|object at 0x', text), path
-    noise = next(page for path,page in site[1].items() if path.name == '00_noise.html')
+    noise = next(page for path,page in site[1].items() if path.name == '10_noise.html')
     assert noise.find('math', display='block') and '$' not in noise.article.get_text()
 
 
@@ -117,5 +117,5 @@ def test_code_of_the_pages_runs(path, fastai_data, tmp_path, monkeypatch):
     for line in ''.join(text for lang,text in blocks if lang == 'sh').splitlines():
         command = re.sub(r'\s*#.*', '', line).split()
         assert (Path(sys.executable).parent/command[0]).exists() or command[0] == 'make', line
-        if command[0] == 'torchrun': assert f'`{line}`' in (root/'nbs/24_distributed.ipynb').read_text(), line  # whose commands test_distributed runs
+        if command[0] == 'torchrun': assert f'`{line}`' in (root/'nbs/03_distributed.ipynb').read_text(), line  # whose commands test_distributed runs
         if command[0] == 'make': assert re.search(f'^{command[1]}:', (root/'Makefile').read_text(), re.M), line
