@@ -21,7 +21,7 @@ from fastai.learner import Recorder
 from .noise import Noise, NoiseAverage
 from .predict import StepTime, compare, noiseless_mean, sizes_between
 
-# %% ../nbs/21_result.ipynb #238db7da
+# %% ../nbs/21_result.ipynb #7f875760
 def _plain(x):
     "`x` in what JSON knows"
     if is_dataclass(x): return {k: _plain(v) for k,v in vars(x).items()}
@@ -51,8 +51,8 @@ class Result:
         file:str|Path, # The file to write
     ):
         "Write everything to a file that any program reads as CSV with comments behind `#`, and `from_csv` in full"
-        texts = [c for c in self.stats if self.stats[c].dtype == object]
-        head = {k: _plain(getattr(self, k)) for k in self.__dataclass_fields__ if k != 'stats'} | dict(json=texts)
+        texts,floats = ([c for c in self.stats if self.stats[c].dtype == kind] for kind in (object, float))
+        head = {k: _plain(getattr(self, k)) for k in self.__dataclass_fields__ if k != 'stats'} | dict(json=texts, floats=floats)
         stats = self.stats.assign(**{c: [json.dumps(_plain(v)) for v in self.stats[c]] for c in texts})
         Path(file).write_text(f'# {json.dumps(head)}\n{stats.to_csv(index=False)}')
 
@@ -64,8 +64,8 @@ class Result:
         first,_,rows = Path(file).read_text().partition('\n')
         try: head = _from_plain(json.loads(first.removeprefix('# ')))
         except json.JSONDecodeError: raise ValueError(f"{file} does not begin with a line of what belongs to a {cls.__name__}: give a file that its to_csv wrote") from None
-        texts = head.pop('json')
-        stats = pd.read_csv(io.StringIO(rows), float_precision='round_trip', converters={c: lambda v: _from_plain(json.loads(v)) for c in texts})
+        exact = {c: lambda v: _from_plain(json.loads(v)) for c in head.pop('json')} | {c: lambda v: float(v or math.nan) for c in head.pop('floats')}
+        stats = pd.read_csv(io.StringIO(rows), converters=exact)
         return cls(stats, **{k: cls._parts[k](**v) if k in cls._parts else v for k,v in head.items()})
 
 # %% ../nbs/21_result.ipynb #aacbe979

@@ -177,7 +177,7 @@ def _small_batch_norm(result):
     if run.batch_norm and run.bs < _small_bs: return (f"With batch-norm this number belongs to bs={run.bs}: larger batches can give a larger one, "
                                                       "so measure again at the batch size that you will train with.")
 
-# %% ../nbs/32_words.ipynb #8eaae8c5
+# %% ../nbs/32_words.ipynb #643e6701
 def bs_summary(
     result:BSResult, # The result of a mock training: `learn.recorder.bs_result`
 ) -> str: # Two plain sentences; more where the run ended early, where time, data or memory set limits, and where small batches meet batch-norm
@@ -185,7 +185,8 @@ def bs_summary(
     run,res = result.run,[_noise_scale(result)]
     if run.stopped: res.insert(0, _stopped(run))
     if run.biased: return ' '.join([*res, "This is a biased number, for comparison only: every batch stepped."])
-    if run.stopped in ('loss', 'first loss') or not len(result) or not result.in_use.hi.iloc[-1] > 0: return ' '.join(res)  # nothing to rely on
+    if run.stopped in ('loss', 'first loss') or not len(result): return ' '.join(res)
+    if not result.in_use.hi.iloc[-1] > 0: return ' '.join([*res, *[f"Until then, bs={result.advised} is a guess."]*bool(result.advised)])
     if run.lr == 0: return ' '.join([*res, "Nothing was trained with lr=0: this is the noise scale of the weights as they are, and no advice for a training."])
     first,last = result.stats.loss.iloc[0] if math.isnan(run.first_loss) else run.first_loss,result.stats.loss.iloc[-1]
     if last - first > abs(first):

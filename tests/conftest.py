@@ -67,7 +67,7 @@ def mnist(fastai_data, shared_tmp):
 @pytest.fixture(autouse=True)
 def wide_and_short(monkeypatch):
     monkeypatch.setenv('COLUMNS', '10000')  # what is printed is not broken into lines
-    monkeypatch.setattr(finder, '_least_profile', 0.)
+    monkeypatch.setattr(finder, 'least_profile', 0.)
 
 
 def pytest_runtest_setup(item):

@@ -2,9 +2,7 @@
 import faulthandler, os, socket, sys, time, traceback
 import pytest, torch, torch.multiprocessing as mp
 import fastai.distributed, torch._dynamo, torch._inductor.utils  # before the fork: what DistributedDataParallel imports, some seconds
-from fastai_bs_finder.distributed import broadcast_on_any_device
-
-broadcast_on_any_device()
+from fastai_bs_finder.processes import broadcast_on_any_device
 
 
 def _child(rank, n, port, folder, f, args, seconds):
@@ -16,7 +14,7 @@ def _child(rank, n, port, folder, f, args, seconds):
     torch.manual_seed(rank)  # no two processes have the same random state
     code = 1
     try:
-        torch.save(f(rank, *args), folder/f'{rank}.pt')
+        with broadcast_on_any_device(): torch.save(f(rank, *args), folder/f'{rank}.pt')
         code = 0
     except BaseException: traceback.print_exc(file=out)
     out.flush()

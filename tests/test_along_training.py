@@ -14,7 +14,7 @@ class Truth(Callback):
     order = -20
     def __init__(self, X, y, found): self.compute,self.note = partial(mlp_truth, X=X, y=y),found.append
     def before_batch(self):
-        if self.lr_finder._to_train == 0 and self.lr_finder._meter.n_batch == 0: self.note(self.compute(self.model))
+        if self.lr_finder._left_to_train == 0 and self.lr_finder.meter.n_batch == 0: self.note(self.compute(self.model))
 
 
 @pytest.mark.parametrize('opt_func,lr', [(SGD, .1), (Adam, 1e-3)], ids=['SGD 0.1', 'Adam 1e-3'])

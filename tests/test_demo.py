@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from fastai_bs_finder.demo import main
-from fastai_bs_finder.suggest import round_bs
+from fastai_bs_finder.predict import round_bs
 
 root = Path(__file__).parents[1]
 

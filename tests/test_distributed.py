@@ -11,9 +11,10 @@ from sklearn.datasets import load_digits
 from fastai.basics import Callback, CancelBatchException, CancelEpochException, CancelFitException, CancelStepException, CancelTrainException, CrossEntropyLossFlat, DataLoader, DataLoaders, Learner, SGD, Adam, accuracy
 from fastai.callback.all import CSVLogger, GradientAccumulation, GradientClip, ProgressCallback
 from fastai_bs_finder.all import *
-from fastai_bs_finder.distributed import is_distributed, Processes
+from fastai_bs_finder.mock import mock_training
+from fastai_bs_finder.processes import is_distributed, processes_of
+from fastai_bs_finder.profile import profile_steps
 from fastai_bs_finder.set_bs import known_fits
-from fastai_bs_finder.steps import mock_training, profile_steps
 import footprint
 from processes import printed, run_processes
 
@@ -52,7 +53,7 @@ def find(learn, rank, *args, **kwargs):
     before,was = footprint.state(learn),weights(learn)
     res = learn.bs_find(*args, **dict(show_plot=False, profile=False) | kwargs)
     rec = learn.recorder
-    found = dict(suggested=tuple(res), stats=rec.bs_stats.to_dict('list'), attrs=rec.bs_stats.attrs, layers=rec.bs_layers.to_dict('list'), table=pd.DataFrame(rec.bs_table).to_dict('list'))
+    found = dict(suggested=tuple(res), stats=rec.bs_stats.to_dict('list'), run=rec.bs_result.run, profile=rec.bs_result.profile, layers=rec.bs_layers.to_dict('list'), table=pd.DataFrame(rec.bs_table).to_dict('list'))
     footprint.forget(learn)
     return found,footprint.changes(before, footprint.state(learn)),equal(was, weights(learn))
 
@@ -92,7 +93,7 @@ def test_figures_of_a_single_process(W, tmp_path):
             assert not changes and unchanged
             assert repr(found) == repr(by_rank[0][0])
         found = by_rank[0][0]
-        assert len(found['stats']['batch']) == 10 and found['attrs']['bs'] == 8*W and found['attrs']['processes'] == W
+        assert len(found['stats']['batch']) == 10 and found['run'].bs == 8*W and found['run'].processes == W
         for c in one['stats']:
             exact = double and c != 'loss'  # which is kept in single precision
             if c not in ('batch', 'step') and (double or opt is SGD or not c.startswith('opt_')): np.testing.assert_allclose(found['stats'][c], one['stats'][c], rtol=1e-9 if exact else 1e-4, err_msg=c)
@@ -111,8 +112,8 @@ def test_profile_and_memory(tmp_path):
     ranks = run_processes(tmp_path, 2, lambda rank: together(rank, f, shuffle=True, dropout=.2))
     assert all(not changes and unchanged for _,changes,unchanged,_ in ranks)
     assert repr(ranks[0]) == repr(ranks[1])
-    attrs = ranks[0][0]['attrs']
-    assert set(attrs['step_time']) >= {16, 64} and attrs['max_bs'] % 2 == 0 and ranks[0][3] == n
+    profile = ranks[0][0]['profile']
+    assert set(profile.step_time) >= {16, 64} and profile.max_bs % 2 == 0 and ranks[0][3] == n
     assert 'bs=16 (2 processes × 8)' in printed(tmp_path, 0) and not printed(tmp_path, 1)
 
 
@@ -138,7 +139,7 @@ def find_with_trouble(kind, rank, ats):
             before = footprint.state(learn)
             try: learn.bs_find(num_it=24, n_batch=3, show_plot=False, profile=False)
             except BaseException as e: said = f'{type(e).__name__}: {e}'
-            else: said = learn.recorder.bs_stats.attrs['stopped']
+            else: said = str(learn.recorder.bs_result)
             footprint.forget(learn)
             for cb in learn.cbs:
                 if isinstance(cb, Trouble): cb.seen = 0
@@ -196,8 +197,8 @@ def test_a_step_that_fails_in_one_process_only_ends_the_profile(tmp_path):
         learn = digits()
         with learn.distrib_ctx(sync_bn=False), mock_training(learn):
             if rank: learn.add_cb(NotSoLarge())
-            return profile_steps(learn, [16, 64], 60.)[1:]
-    assert run_processes(tmp_path, 2, f) == [('a step with bs=64 fails (no room)', 64)]*2
+            return profile_steps(learn, [16, 64], 60.)
+    for found in run_processes(tmp_path, 2, f): assert (found.trouble, found.failed, found.error, found.max_bs) == ('failed', 64, 'no room', 63)
 
 
 def by_hand(rank, n_of, callback=None, **kwargs):
@@ -275,8 +276,8 @@ def test_the_share_of_the_time(tmp_path):
     def f(rank):
         learn = digits(shuffle=True)
         with learn.distrib_ctx(sync_bn=False): learn.fit(4, cbs=NoiseScale(share=.02))
-        stats = learn.recorder.noise_scale
-        return len(stats),stats.attrs['seconds']/stats.attrs['train_seconds'],stats.batch.tolist()
+        found = learn.recorder.noise_scale_result
+        return len(found),found.seconds/found.train_seconds,found.batch.tolist()
     first,second = run_processes(tmp_path, 2, f)
     assert first[2] == second[2] and 1 <= first[0] < 4*40/7/2
 
@@ -403,7 +404,7 @@ def test_what_is_cancelled_in_one_process(what, tmp_path):
     ranks = run_processes(tmp_path, 2, lambda rank: together(rank, f))
     assert repr(ranks[0][0]) == repr(ranks[1][0])
     found = ranks[0][0]
-    assert found['attrs']['bs'] == 16 and len(found['stats']['batch']) == pytest.approx({CancelFitException: 1, CancelBatchException: 13}.get(what, 8), abs=1)  # of two epochs, of which one may have ended early
+    assert found['run'].bs == 16 and len(found['stats']['batch']) == pytest.approx({CancelFitException: 1, CancelBatchException: 13}.get(what, 8), abs=1)  # of two epochs, of which one may have ended early
 
 
 def test_the_answer_where_processes_have_different_data(tmp_path):
@@ -473,7 +474,7 @@ def test_an_incomplete_batch_is_no_early_end(tmp_path):
         learn.dls.train.bs,learn.dls.train.drop_last = 50,True
         with learn.distrib_ctx(sync_bn=False): return find(learn, rank, n_batch=2)
     found,*_ = run_processes(tmp_path, 2, f)[0]
-    assert found['attrs']['num_it'] == 6 and not found['attrs']['stopped']
+    assert found['run'].num_it == 6 and not found['run'].stopped
 
 
 def test_a_step_that_one_process_leaves_out_does_not_hold_up_noise_scale(tmp_path):
@@ -515,8 +516,8 @@ def test_after_a_training_that_broke_off(inside, tmp_path):
     def find(learn):
         most = learn.max_bs()
         learn.bs_find(num_it=40, n_batch=3, show_plot=False, profile=30.)
-        found = learn.recorder.bs_stats.attrs
-        return most,type(most),found['n'],found['max_bs'] >= n,type(learn.dls.train).__name__,type(learn.model).__name__
+        found = learn.recorder.bs_result
+        return most,type(most),found.run.n,found.profile.max_bs >= n,type(learn.dls.train).__name__,type(learn.model).__name__
     def f(rank):
         learn = digits(shuffle=True)
         with learn.distrib_ctx(sync_bn=False):

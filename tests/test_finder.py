@@ -1,4 +1,4 @@
-"The mock training, its result, its words and its errors"
+"The mock training, its result and its errors"
 import itertools, math, random, re, warnings
 from collections import namedtuple
 from copy import deepcopy
@@ -15,6 +15,8 @@ import fastai_bs_finder.finder as finder
 from fastai_bs_finder.all import *
 from fastai_bs_finder.demo import digits_learner
 from reference import ema, mlp_truth, mock_training
+
+nan,inf = math.nan,math.inf
 
 
 @pytest.fixture
@@ -103,7 +105,7 @@ def test_stats(quiet):
     assert s[['lo', 'hi']].isna().all(axis=1).tolist() == [True]*2 + [False]*(len(s) - 2)
     tail = s[2:]
     assert ((tail.lo <= tail.noise_scale) & (tail.noise_scale <= tail.hi)).all()
-    assert s.attrs | dict(bs=16, lr=.1, n=1500, n_batch=5, n_train=3, num_it=100, beta=.9, stopped=None, suggested=dict(critical=sug.critical, fastest=None)) == s.attrs
+    assert learn.recorder.bs_result.suggested == dict(critical=sug.critical, fastest=None)
 
 
 def test_the_loss_is_that_at_the_weights_of_the_measurement(quiet):
@@ -122,7 +124,7 @@ def test_positional_order(quiet, monkeypatch):
     monkeypatch.setattr(finder.BSFinder, '__init__', spy)
     learn = digits_learner()
     quiet(learn, .05, 30, 6, .5)
-    assert seen['args'][:3] == (30, 6, .5) and learn.recorder.bs_stats.attrs['lr'] == .05
+    assert seen['args'][:3] == (30, 6, .5) and learn.recorder.bs_result.run.lr == .05
 
 
 @pytest.mark.parametrize('num_it,batches', [(None, 94), (10, 10), (200, 200), (281, 281)])
@@ -131,7 +133,7 @@ def test_spends_the_budget(quiet, num_it, batches):
     learn.add_cb(Spy(log))
     quiet(learn, .1, num_it)
     assert sum(o[0] == 'batch' for o in log) == batches
-    assert learn.recorder.bs_stats.attrs['num_it'] == batches and not learn.recorder.bs_stats.attrs['stopped']
+    assert learn.recorder.bs_result.run.num_it == batches and not learn.recorder.bs_result.run.stopped
     assert len(learn.recorder.bs_stats) == {94: 4, 10: 1, 200: 9, 281: 13}[batches]
 
 
@@ -193,11 +195,11 @@ def test_batches_of_several_sizes(quiet):
     model = deepcopy(learn.model)
     quiet(learn, [.25], 94, n_batch=47, n_train=0)
     s = learn.recorder.bs_stats
-    assert s.samples.tolist() == [47*16, 1500] and s.attrs['bs'] == 16 and s.attrs['lr'] == .25
+    assert s.samples.tolist() == [47*16, 1500] and learn.recorder.bs_result.run.bs == 16 and learn.recorder.bs_result.run.lr == .25
     learn.dls.loaders[0] = learn.dls.train.new(learn.dls.train.dataset[:28], shuffle=False)
     quiet(learn, 0., 2, n_batch=2)
     X,y = (torch.stack(t) for t in zip(*learn.dls.train.dataset))
-    assert learn.recorder.bs_stats.loss[0] == pytest.approx(learn.loss_func(model(X), y).item(), rel=1e-5) and learn.recorder.bs_stats.attrs['bs'] == 16
+    assert learn.recorder.bs_stats.loss[0] == pytest.approx(learn.loss_func(model(X), y).item(), rel=1e-5) and learn.recorder.bs_result.run.bs == 16
 
 
 def test_examples_are_counted_in_training_stretches_too(quiet):
@@ -209,7 +211,7 @@ def test_examples_are_counted_in_training_stretches_too(quiet):
 def test_lr_is_that_of_the_first_measurement(quiet):
     learn = digits_learner(cbs=ParamScheduler({'lr': SchedCos(.2, 0.)}))
     quiet(learn, .1, 79)
-    assert learn.recorder.bs_stats.attrs['lr'] == pytest.approx(.2, rel=.05)
+    assert learn.recorder.bs_result.run.lr == pytest.approx(.2, rel=.05)
 
 
 def test_a_target_that_a_callback_makes(quiet):
@@ -305,7 +307,7 @@ def test_lr_as_in_fit(quiet, lr, used):
     learn.add_cb(NoteLr())
     quiet(learn, lr, 20)
     np.testing.assert_allclose(seen, [used]*len(seen), rtol=1e-6)
-    assert learn.recorder.bs_stats.attrs['lr'] == pytest.approx(used[-1])
+    assert learn.recorder.bs_result.run.lr == pytest.approx(used[-1])
 
 
 def test_frozen_parameters_are_left_out(quiet):
@@ -496,47 +498,6 @@ def test_named_tuple_and_suggest_funcs(quiet):
     assert BSSuggestion.Critical is critical
 
 
-def rows(*last, n=1500, bs=16, **attrs):
-    "`bs_stats` whose rows end in `(noise_scale, lo, hi)`; a negative noise scale means a negative scale"
-    s = pd.DataFrame([dict(batch=10*i, step=i, samples=160*i, loss=1., noise=10., scale=10/ns, noise_scale=ns, lo=lo, hi=hi) for i,(ns,lo,hi) in enumerate(last, 1)],
-                     columns='batch step samples loss noise scale noise_scale lo hi'.split())
-    s.attrs.update(dict(bs=bs, n=n, lr=.1, num_it=100, n_batch=10, n_train=10, beta=.9, stopped=None, step_every_batch=False) | attrs)
-    return s
-
-nan,inf = math.nan,math.inf
-
-@pytest.mark.parametrize('stats,bs,words', [
-    (rows((90, nan, nan), (95, 60, 130), (100, 80, 130)), 96, 'is 100 examples (95% interval 80 to 130), measured with bs=16 at lr=0.1. bs=96 should reach the same loss in about 0.29 of the steps'),
-    (rows(*[(5, 3, 9)]*3), 6, 'bs=6 should reach the same loss with about 0.52 of the examples of bs=16, in about 1.4 times as many steps'),
-    (rows(*[(15, 10, 20)]*3), 16, 'bs=16 is about right'),
-    (rows(*[(99, 80, 120)]*3, bs=100), 96, 'bs=100 is about right'),
-    (rows(*[(500_000, 400_000, 600_000)]*3, bs=1024), 1024, 'A larger batch would do, but the training set has only 1,500 examples.'),
-    (rows(*[(500_000, 400_000, 600_000)]*3, bs=1), 1024, 'in about less than 0.01 of the steps of bs=1, '),
-    (rows(*[(90, nan, nan)]*30, beta=0.), 96, 'is about 90 examples, measured with bs=16 at lr=0.1. beta=0.0 keeps too few of the 30 measurements to say how sure that is: raise beta'),
-    (rows(*[(-90, nan, nan)]*30, beta=0.), None, 'is not known yet'),
-    (rows(*[(90_000, 70_000, 110_000)]*3), 1024, 'is 90,000 examples'),
-    (rows(*[(90_000, 70_000, 110_000)]*3, n=None), 98304, 'bs=98304'),
-    (rows(*[(700, 100, inf)]*3), 96, 'is at least 100 examples (95% sure)'),
-    (rows(*[(-700, 100, inf)]*3), 96, 'num_it=400) or take more batches per measurement (n_batch=40)'),
-    (rows(*[(-700, 100, inf)]*30), 96, 'cannot tell: take more batches per measurement (n_batch=40)'),
-    (rows(*[(700, 100, inf)]*30, bs=64), 96, 'cannot tell: take more batches per measurement (n_batch=23)'),
-    (rows(*[(700, 200, inf)]*30, bs=150), 192, 'cannot tell: average over more measurements (beta=0.975, num_it=400)'),
-    (rows(*[(700, 12, inf)]*3), 12, 'Nothing speaks against bs=16 so far.'),
-    (rows(*[(700, 0, inf)]*3), None, 'cannot be told yet'),
-    (rows(*[(-700, nan, nan)]*3), None, 'came out negative, and not by chance; either the training set is fitted'),
-    (rows((90, nan, nan)), 96, '1 measurement is too few to say how sure that is: spend more batches (num_it=200)'),
-    (rows((-90, nan, nan), (-80, nan, nan)), None, 'is not known yet'),
-    (rows(*[(900, 700, 1100)]*3, step_every_batch=True), 1024, 'measured with bs=16 at lr=0.1. This is a biased number, for comparison only: every batch stepped.'),
-    (rows(), None, 'no measurement of 10 batches was completed'),
-])
-def test_words(stats, bs, words):
-    said = bs_summary(stats)
-    assert critical(stats) == bs
-    assert words in said
-    assert not re.search(r'-\d', said) and 'nan' not in said and 'inf' not in said
-    assert said.count('. ') <= 3
-
-
 def test_a_diverging_training_is_no_place_to_measure(capsys):
     learn = digits_learner()
     learn.bs_find(100., 300, show_plot=False)
@@ -551,18 +512,7 @@ def test_advice_is_for_trainings(capsys):
 def test_what_lr_find_returns(quiet):
     learn,found = digits_learner(),namedtuple('SuggestedLRs', 'valley')(torch.tensor(.1))
     quiet(learn, found, 100)
-    assert learn.recorder.bs_stats.attrs['lr_given'] == pytest.approx(.1) and learn.recorder.bs_table.loc[32, 'lr'] > .1
-
-
-def test_average():
-    assert average(rows((50, 40, inf), (100, 80, 130), (200, 150, 300))) == 128     # the mean of 100 and 200, rounded: 150
-    assert average(rows((50, 40, inf), (100, 80, inf), (200, 150, 300))) is None
-    assert average(rows()) is None
-
-
-@pytest.mark.parametrize('x,n,down,want', [(0, None, False, 1), (1.4, None, False, 1), (1.5, None, False, 2), (11, None, False, 12), (11, None, True, 8), (1e6, None, False, 1048576),
-                                          (1e9, 7, False, 6), (1e9, 1, False, 1), (5, 5, False, 4), (95.9, None, True, 64), (96, None, True, 96), (.2, None, True, 1)])
-def test_round_bs(x, n, down, want): assert round_bs(x, n, down) == want
+    assert learn.recorder.bs_result.run.lr_given == pytest.approx(.1) and learn.recorder.bs_table.loc[32, 'lr'] > .1
 
 
 def test_round_bs_is_the_nearest():
@@ -598,7 +548,7 @@ def test_a_stream_is_read_as_often_as_it_takes(capsys, n, measured_at):
     learn = digits_learner()
     learn.dls.loaders[0] = endless(n)
     learn.bs_find(.1, 100, show_plot=False)
-    assert learn.recorder.bs_stats.batch.tolist() == measured_at and learn.recorder.bs_stats.attrs['n'] is None
+    assert learn.recorder.bs_stats.batch.tolist() == measured_at and learn.recorder.bs_result.run.n is None
     assert ('ended each one early' in capsys.readouterr().out) == (not measured_at)
 
 
@@ -637,7 +587,7 @@ def test_a_step_that_a_scheduler_wrapped(quiet):
 def test_lr_as_an_array(quiet, lr):
     learn = digits_learner()
     quiet(learn, lr, 20)
-    assert learn.recorder.bs_stats.attrs['lr'] == pytest.approx(.1)
+    assert learn.recorder.bs_result.run.lr == pytest.approx(.1)
 
 
 # Batch-norm

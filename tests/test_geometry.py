@@ -10,7 +10,7 @@ from fastai.callback.fp16 import MixedPrecision
 
 from fastai_bs_finder.all import *
 from fastai_bs_finder.demo import digits_learner
-from fastai_bs_finder.geometry import _weighted_sq_norm
+from fastai_bs_finder.metric import _weighted_sq_norm
 from reference import flat_grad
 
 
@@ -83,7 +83,7 @@ def test_a_fresh_adam_counts_from_its_second_moments_on():
     with learn.no_bar(), learn.no_logging(): learn.bs_find(.001, 60, 5, n_train=0, show_plot=False, profile=False)
     first,*rest = learn.recorder.bs_stats.opt_raw_noise
     assert math.isnan(first) and np.isfinite(rest).all()
-    assert learn.recorder.bs_stats.attrs['opt'] == 'adam'
+    assert learn.recorder.bs_result.run.opt == 'adam'
 
 
 def test_sgd_with_one_learning_rate_has_the_simple_geometry():
@@ -91,7 +91,7 @@ def test_sgd_with_one_learning_rate_has_the_simple_geometry():
     with learn.no_bar(), learn.no_logging(): learn.bs_find(.1, 60, 5, show_plot=False, profile=False)
     s = learn.recorder.bs_stats
     np.testing.assert_allclose(s.opt_noise_scale, s.noise_scale, rtol=1e-9)
-    assert s.attrs['opt'] == 'sgd'
+    assert learn.recorder.bs_result.run.opt == 'sgd'
 
 
 @pytest.mark.parametrize('n', [5, 3*2**20])

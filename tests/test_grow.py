@@ -14,7 +14,7 @@ from fastai_bs_finder.finder import *
 from fastai_bs_finder.grow import GrowBatch
 from fastai_bs_finder.predict import scale_lr
 from fastai_bs_finder.set_bs import *
-from fastai_bs_finder.steps import n_examples
+from fastai_bs_finder.loaders import n_examples
 from fastai_bs_finder.track import NoiseScale
 from footprint import changes, state
 

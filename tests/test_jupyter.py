@@ -207,6 +207,6 @@ def test_a_notebook_that_nobody_watches(env, tmp_path):
 
 
 def test_a_pause_of_the_machine_does_not_cost_the_answer(monkeypatch):
-    monkeypatch.setattr(finder, '_least_profile', .5)
+    monkeypatch.setattr(finder, 'least_profile', .5)
     monkeypatch.setattr(finder, 'estimate_memory', lambda *args: time.sleep(.3))
     assert digits_learner().bs_find(lr=.1, num_it=600, show_plot=False).fastest

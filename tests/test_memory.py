@@ -13,7 +13,7 @@ from fastai.layers import ConvLayer, Flatten, sequential
 from fastai_bs_finder import memory
 from fastai_bs_finder.all import *
 from fastai_bs_finder.demo import digits_learner
-from fastai_bs_finder.steps import mock_training
+from fastai_bs_finder.mock import mock_training
 from footprint import changes, forget, state
 from learners import digits, loaders, maker, mlp, plain_pytorch, stream, tabular
 

@@ -4,7 +4,7 @@ import math
 import numpy as np, pytest, torch
 from torch import nn
 
-from fastai_bs_finder.noise import GradSums, Noise, NoiseMeter, ema_weights, fieller, noise_and_scale, sq_norm
+from fastai_bs_finder.noise import GradSums, Noise, NoiseAverage, NoiseMeter, ema_weights, fieller, noise_and_scale, sq_norm
 from reference import ema, flat_grad, paper_estimate
 
 
@@ -172,10 +172,20 @@ def test_moving_average_is_the_recursion(beta):
     rng = np.random.default_rng(0)
     pairs = rng.normal(size=(30, 2)) + 3
     meter = NoiseMeter(beta)
-    for t,want in enumerate(ema(pairs, beta), 1):
-        meter.measured = [Noise(*p) for p in pairs[:t]]
+    for pair,want in zip(pairs, ema(pairs, beta)):
+        meter.append(Noise(*pair))
         np.testing.assert_allclose((meter.noise, meter.scale), want, rtol=1e-10)
         assert meter.noise_scale == pytest.approx(want[0]/want[1])
+
+
+@pytest.mark.parametrize('beta', [0., .5, .9, .99])
+@pytest.mark.parametrize('n', [1, 2, 3, 30])
+def test_the_interval_of_the_average_is_that_of_all_measurements(n, beta):
+    "The average keeps its mean and covariance up to date; `fieller` takes all measurements at once"
+    pairs = np.random.default_rng(n).normal(size=(n, 2))*[1., .3] + [3., 1.]
+    average = NoiseAverage(beta)
+    for pair in pairs: average.append(Noise(*pair))
+    assert average.interval() == pytest.approx(fieller(*pairs.T, ema_weights(n, beta)), nan_ok=True)
 
 
 @pytest.mark.parametrize('seed', range(200))

@@ -1,13 +1,15 @@
 "The picture"
 import math
 
-import matplotlib.pyplot as plt, numpy as np, pandas as pd, pytest
+import matplotlib.pyplot as plt, numpy as np, pytest
 from fastai.learner import Recorder
 from matplotlib.collections import FillBetweenPolyCollection
 from matplotlib.figure import Figure
 
 from fastai_bs_finder.all import *
 from fastai_bs_finder.demo import digits_learner
+from fastai_bs_finder.result import keep_result
+from results import result
 
 
 @pytest.fixture(autouse=True)
@@ -24,10 +26,9 @@ def found():
 
 
 def recorder(*measured, bs=16, **suggested):
-    "A recorder whose `bs_stats` hold `(noise_scale, lo, hi, raw_scale)`"
-    rec = Recorder()
-    rec.bs_stats = pd.DataFrame([dict(batch=10*i, noise=1., scale=1/ns, noise_scale=ns, lo=lo, hi=hi, raw_noise=1., raw_scale=raw) for i,(ns,lo,hi,raw) in enumerate(measured, 1)])
-    rec.bs_stats.attrs.update(bs=bs, lr=.1, suggested=suggested)
+    "A recorder whose last result holds `(noise_scale, lo, hi, raw_scale)`"
+    rec,(*rows,) = Recorder(),((x, lo, hi) for x,lo,hi,_ in measured)
+    keep_result(rec, bs_result=result(*rows, raw=[10*raw for *_,raw in measured], bs=bs, suggested=suggested))
     return rec
 
 
@@ -37,16 +38,16 @@ def labels(ax): return [t.get_text() for t in ax.get_legend().get_texts()]
 def test_shows_the_measurements(found):
     fig = found.recorder.plot_bs_find()
     assert isinstance(fig, Figure)
-    ax,stats = fig.axes[0],found.recorder.bs_stats
+    ax,stats,suggested = fig.axes[0],found.recorder.bs_stats,found.recorder.bs_result.suggested
     assert (ax.get_xlabel(), ax.get_ylabel(), ax.get_yscale()) == ('Batches seen', 'Noise scale (examples)', 'log')
     line = next(l for l in ax.lines if l.get_label() == 'noise scale')
     np.testing.assert_allclose(line.get_xydata(), stats[['batch', 'noise_scale']])
     points = next(l for l in ax.lines if l.get_label() == 'single measurements')
     shown = stats.raw_scale > 0
     np.testing.assert_allclose(points.get_ydata()[shown], (stats.raw_noise/stats.raw_scale)[shown])
-    assert labels(ax) == ['noise scale', '95% interval', 'single measurements', f'critical: {stats.attrs["suggested"]["critical"]}', 'in use: 16']
+    assert labels(ax) == ['noise scale', '95% interval', 'single measurements', f'critical: {suggested["critical"]}', 'in use: 16']
     heights = {l.get_label(): l.get_ydata()[0] for l in ax.lines if len(l.get_ydata())}
-    assert heights['in use: 16'] == 16 and heights[labels(ax)[3]] == stats.attrs['suggested']['critical']
+    assert heights['in use: 16'] == 16 and heights[labels(ax)[3]] == suggested['critical']
 
 
 def test_draws_on_given_axes(found):

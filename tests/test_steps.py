@@ -8,10 +8,14 @@ from fastai.callback.data import WeightedDL
 from fastai.tabular.core import TabWeightedDL
 from fastcore.imports import noop
 
-import fastai_bs_finder.finder as finder, fastai_bs_finder.memory as memory, fastai_bs_finder.steps as steps_module
+from fastai_bs_finder import finder, memory, mock, profile as profile_room
 from fastai_bs_finder.all import *
 from fastai_bs_finder.demo import digits_learner
-from fastai_bs_finder.steps import StepTime, mock_training, profile_steps, run_steps, _draw_few
+from fastai_bs_finder.loaders import draw_few
+from fastai_bs_finder.mock import mock_training, run_steps
+from fastai_bs_finder.predict import StepTime
+from fastai_bs_finder.profile import profile_steps
+from fastai_bs_finder.result import Profile
 from footprint import assert_no_footprint, changes, state
 from learners import maker
 
@@ -33,8 +37,7 @@ class Takes(Callback):
 @pytest.fixture
 def clock(monkeypatch):
     Clock.now = 0.
-    monkeypatch.setattr(steps_module, 'time', Clock())
-    for module in (finder, memory): monkeypatch.setattr(module, 'time', Clock())
+    for room in (finder, memory, mock, profile_room): monkeypatch.setattr(room, 'time', Clock())
 
 
 def quiet(learn, *args, **kwargs):
@@ -43,8 +46,9 @@ def quiet(learn, *args, **kwargs):
 
 def test_the_profile_measures_what_steps_take(clock):
     learn = digits_learner(cbs=Takes(.01, .001))
-    with mock_training(learn): seconds,trouble,failed = profile_steps(learn, [16, 64, 4, 256], 100.)
-    assert trouble is failed is None and seconds == pytest.approx({b: .01 + .001*b for b in (4, 16, 64, 256)})
+    with mock_training(learn): found = profile_steps(learn, [16, 64, 4, 256], 100.)
+    seconds = found.step_time
+    assert not found.trouble and found.failed is found.max_bs is None and seconds == pytest.approx({b: .01 + .001*b for b in (4, 16, 64, 256)})
     t = StepTime(seconds)
     assert (t.overhead, t.cost, t(1000), t.half_throughput) == pytest.approx((.01, .001, 1.01, 10))
 
@@ -53,8 +57,8 @@ def test_a_busy_machine_does_not_make_small_batches_slower_than_large_ones(clock
     class Busy(Callback):
         def after_pred(self): Clock.now += .1*(len(self.yb[0]) == 16)
     learn = digits_learner(cbs=[Takes(.01, .001), Busy])
-    with mock_training(learn): seconds,*_ = profile_steps(learn, [16, 64], 100.)
-    assert seconds == pytest.approx({16: .074, 64: .074})
+    with mock_training(learn): found = profile_steps(learn, [16, 64], 100.)
+    assert found.step_time == pytest.approx({16: .074, 64: .074})
 
 
 @pytest.mark.parametrize('share', [.2, .5, 1.])
@@ -65,7 +69,7 @@ def test_the_share_of_the_time_is_kept(clock, share):
     measuring = sum(.01 + 1e-4*b for b in log[:400])
     profile = Clock.now - measuring
     assert .25*share*measuring < profile <= share*measuring + (.01 + 1e-4*512)
-    assert fastest(learn.recorder.bs_stats) in learn.recorder.bs_stats.attrs['step_time']   # the answer itself was timed
+    assert learn.recorder.bs_result.suggested['fastest'] in learn.recorder.bs_result.profile.step_time   # the answer itself was timed
 
 
 def test_profile_false_takes_no_step_more(clock):
@@ -73,13 +77,13 @@ def test_profile_false_takes_no_step_more(clock):
     learn.add_cb(Takes(.01, 1e-4, log))
     sug = quiet(learn, .1, 200, profile=False)
     assert len(log) == 200 and sug.fastest is None and learn.recorder.bs_table.time.isna().all()
-    assert 'step_time' not in learn.recorder.bs_stats.attrs and learn.recorder.bs_stats.attrs.get('profile_note') is None
+    assert learn.recorder.bs_result.profile == Profile()
 
 
 def test_a_run_too_short_says_so(clock):
     learn = digits_learner(cbs=Takes(.01, 1e-4))
     assert quiet(learn, .1, 60, profile=.01).fastest is None
-    assert 'the run is too short to try them' in bs_summary(learn.recorder.bs_stats)
+    assert 'the run is too short to try them' in str(learn.recorder.bs_result)
 
 
 @pytest.mark.parametrize('profile,asked', [(.03, False), (1., True)])
@@ -90,10 +94,10 @@ def test_times_that_are_the_same_by_chance_do_not_make_the_training_set_the_fast
     log = []
     learn = digits_learner(cbs=[Takes(.01, 3e-4, log), Busy])
     sug = quiet(learn, .1, 400, profile=profile)
-    stats = learn.recorder.bs_stats
-    timed = sorted(stats.attrs['step_time'])
+    found = learn.recorder.bs_result
+    timed = list(found.profile.step_time)
     assert sug.fastest <= timed[-1] and all(b <= 4*a for a,b in zip(timed, timed[1:])) and (256 in timed) == asked
-    assert ('Larger batches may be faster still, but there was no time to try them: raise num_it, or profile' in bs_summary(stats)) != asked
+    assert ('Larger batches may be faster still, but there was no time to try them: raise num_it, or profile' in str(found)) != asked
 
 
 @pytest.mark.parametrize('profile', ['yes', -1, math.nan, math.inf, None])
@@ -112,8 +116,8 @@ def test_a_loader_that_does_not_listen_is_said():
     batches = list(learn.dls.train)
     learn.dls.loaders[0] = torch_data.DataLoader(Stubborn(batches), batch_size=None, shuffle=True)
     learn.dls.loaders[0].n_inp = 1
-    assert quiet(learn, .1, 120, n_batch=5, profile=5.).critical and learn.recorder.bs_stats.attrs['bs'] == 50
-    assert 'the training loader does not take another batch size' in bs_summary(learn.recorder.bs_stats)
+    assert quiet(learn, .1, 120, n_batch=5, profile=5.).critical and learn.recorder.bs_result.run.bs == 50
+    assert 'the training loader does not take another batch size' in str(learn.recorder.bs_result)
 
 
 @pytest.mark.parametrize('name', ['text: language_model_learner', 'text: text_classifier_learner', 'tabular: TabularDataLoaders, embeddings', 'plain PyTorch: model and loaders', 'a stream without a length, fastai loader'])
@@ -136,7 +140,7 @@ def test_out_of_memory_in_the_profile_is_no_accident():
     make = lambda: digits_learner(cbs=OutOfMemory(40))
     assert_no_footprint(make, find, lambda learn: learn.fit(1, .1))
     learn = make()
-    assert find(learn).critical <= 63 and max(learn.recorder.bs_stats.attrs['step_time']) <= 40
+    assert find(learn).critical <= 63 and max(learn.recorder.bs_result.profile.step_time) <= 40
     table = learn.recorder.bs_table
     assert table.fits[64].startswith('accumulate') and table.fits[32] == 'yes'
     with learn.no_bar(): assert learn.max_bs() < 64
@@ -154,7 +158,7 @@ def test_a_model_for_one_batch_size_keeps_its_measurements():
     learn = digits_learner()
     learn.model,learn.dls.train.drop_last = Sixteen(),True
     assert quiet(learn, .1, 300, profile=1.).critical
-    assert re.search(r'is not known: a step with bs=\d+ fails \(shape', bs_summary(learn.recorder.bs_stats))
+    assert re.search(r'is not known: a step with bs=\d+ fails \(shape', str(learn.recorder.bs_result))
 
 
 class EndsEpochs(Callback):
@@ -190,7 +194,7 @@ def test_drawing_few_survives_a_worker_process():
 def test_a_loader_with_weights_draws_few(cls):
     weights = np.arange(1000) % 2
     dl = cls(list(range(1000)), bs=4, wgts=weights, shuffle=True, after_batch=noop)
-    _draw_few(dl)
+    draw_few(dl)
     idxs = dl.get_idxs()
     assert len(idxs) == 40*4 and weights[idxs].all() and all(type(i) is int for i in idxs)
 

@@ -11,8 +11,10 @@ from fastai.metrics import Perplexity
 
 from fastai_bs_finder.demo import digits_learner
 from fastai_bs_finder.finder import *
-from fastai_bs_finder.predict import mean_noise_scale
-from fastai_bs_finder.sweep import fit_steps, sweep_summary, _fit_in_words
+from fastai_bs_finder.predict import fit_steps
+from fastai_bs_finder.result import SweepResult, keep_result
+from fastai_bs_finder.sweep import *
+from fastai_bs_finder.words import sweep_summary
 from footprint import changes, forget, state
 from learners import applications, digits, maker, stream
 
@@ -275,11 +277,14 @@ def test_a_search_that_is_finished_is_not_trained_again():
     pd.testing.assert_frame_equal(again.drop(columns='seconds'), whole.drop(columns='seconds'), check_dtype=False)
 
 
-def test_slices_survive_a_file():
+def test_slices_survive_a_file(tmp_path):
     def two_groups(model): return [list(model[0].parameters()), list(model[2].parameters())]
     def run(**kwargs): return sweep(plain(splitter=two_groups), [16, 32], 1., lrs=[slice(.03, .3), [.1, .2]], budget=30, **kwargs)
     whole = run()
-    again = run(resume=pd.read_csv(StringIO(whole.to_csv()), float_precision='round_trip'))
+    learn = plain(splitter=two_groups)
+    keep_result(learn.recorder, bs_sweep_result=SweepResult(whole))
+    learn.recorder.bs_sweep_result.to_csv(tmp_path/'sweep.csv')
+    again = run(resume=SweepResult.from_csv(tmp_path/'sweep.csv'))
     assert list(map(str, again.lr)) == list(map(str, whole.lr)) and list(again.seconds) == list(whole.seconds)
 
 
@@ -363,7 +368,7 @@ def test_with_accumulation_the_size_in_use_is_the_window():
     learn.recorder.bs_fits = 16
     with learn.no_logging(): learn.set_bs(64)
     s = sweep(learn, [64], 1., lr=.3, budget=60)
-    assert s.attrs['bs'] == 64 and s.lr[0] == .3
+    assert learn.recorder.bs_sweep_result.bs_in_use == 64 and s.lr[0] == .3
 
 
 def test_a_stream_has_no_epochs():
@@ -379,7 +384,8 @@ def test_all_learning_rates_are_looked_at_first():
 def test_what_the_fit_cannot_tell_is_not_said():
     bs = [16, 32, 64, 128]
     for steps,words in (([1000/b for b in bs], 'the critical batch size is larger than that'), ([100]*4, 'the critical batch size is smaller than that'), ([66*(1 + 50/b) for b in bs], 'the measured critical batch size is 50')):
-        assert words in _fit_in_words(fit_steps(bs, steps), bs)
+        stats = pd.DataFrame(dict(bs=bs, lr=.1, steps=steps, examples=1., seconds=1., loss=.1, best=True, reached=True))
+        assert words in sweep_summary(SweepResult(stats, target=.1, bs_in_use=16, fit=fit_steps(bs, steps)))
 
 
 def test_the_edge_of_the_learning_rates_is_said(capsys):
@@ -424,7 +430,8 @@ def test_mnist(mnist):
     print(s.to_string())
     at64 = top.loc[64]
     with learn.no_bar(): learn.bs_find(at64.lr, math.ceil(at64.steps*20/11), show_plot=False, profile=False)
-    noise_scale = mean_noise_scale(learn.recorder.bs_stats)[0]
-    print(s.attrs['fit'], noise_scale, sweep_summary(s))
+    noise_scale = learn.recorder.bs_result.mean_noise_scale[0]
+    found = learn.recorder.bs_sweep_result
+    print(found.fit, noise_scale, found)
     for b in sizes: assert 1/1.25 < top.steps[b]/(66*(1 + 154/b)) < 1.25, b
-    assert 1/2 < s.attrs['fit']['critical']/noise_scale < 2
+    assert 1/2 < found.fit['critical']/noise_scale < 2

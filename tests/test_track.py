@@ -16,8 +16,8 @@ from fastai_bs_finder.accumulate import AccumulateGrads
 from fastai_bs_finder.demo import digits_learner
 from fastai_bs_finder.finder import *
 from fastai_bs_finder.grow import GrowBatch
-from fastai_bs_finder.predict import noise_in_use
-from fastai_bs_finder.steps import second_loader
+from fastai_bs_finder.loaders import second_loader
+from fastai_bs_finder.result import noise_in_use
 from fastai_bs_finder.track import NoiseScale
 from footprint import same, trained
 from learners import Stream, applications, digits, loaders, maker
@@ -253,9 +253,9 @@ def test_cost(share, window, monkeypatch):
     learn,cb = dropout_and_batch_norm(),NoiseScale(share=share)
     quiet_fit(learn, 10, [cb, Tick()] + [AccumulateGrads(64)]*window)
     s = learn.recorder.noise_scale
-    assert s.attrs['train_seconds'] == pytest.approx(10*len(learn.dls.train))
+    assert learn.recorder.noise_scale_result.train_seconds == pytest.approx(10*len(learn.dls.train))
     if window: assert len(s) > 60
-    else: assert .6*share - .02 < s.attrs['seconds']/s.attrs['train_seconds'] <= share and len(s) == s.attrs['seconds']/(6 + cb.n_batch)
+    else: assert .6*share - .02 < learn.recorder.noise_scale_result.seconds/learn.recorder.noise_scale_result.train_seconds <= share and len(s) == learn.recorder.noise_scale_result.seconds/(6 + cb.n_batch)
 
 
 def test_after_a_measurement_that_was_held_up(monkeypatch):

@@ -51,7 +51,7 @@ def runs(model, seeds, n_batch, dl_class=DataLoader, num_it=80):
         for seed in range(seeds):
             learn.dls.train.rng = random.Random(seed)
             sugs.append(learn.bs_find(0., num_it, n_batch, n_train=0, show_plot=False, profile=False))
-            rows.append(learn.recorder.bs_stats.iloc[-1].to_dict() | dict(said=bs_summary(learn.recorder.bs_stats), n=len(learn.recorder.bs_stats)))
+            rows.append(learn.recorder.bs_stats.iloc[-1].to_dict() | dict(said=str(learn.recorder.bs_result), n=len(learn.recorder.bs_stats)))
     return rows,sugs
 
 

@@ -12,7 +12,7 @@ from fastai_bs_finder.all import *
 
 assert_type(rel_steps(64, 16, 100.), float)
 assert_type(round_bs(100.), int)
-assert_type(bs_table(pd.DataFrame()), pd.DataFrame | None)
+assert_type(BSResult(pd.DataFrame()).table, pd.DataFrame | None)
 assert_type(fieller(np.ones(4), np.ones(4)), tuple[float, float])
 meter = NoiseMeter(beta=.9)
 assert_type(meter.add([torch.zeros(2)], 16), bool)

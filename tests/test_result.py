@@ -1,0 +1,137 @@
+"What a result knows of itself, and what is computed from it"
+import math, pickle
+
+import numpy as np, pandas as pd, pytest
+from fastai.learner import Recorder
+from hypothesis import given, strategies as st
+
+from fastai_bs_finder.predict import noiseless_mean, rel_examples, rel_steps, scale_lr
+from fastai_bs_finder.result import BSResult, NoiseScaleResult, Profile, Run, SweepResult, advised_bs, keep_result
+from fastai_bs_finder.suggest import average, critical
+from fastai_bs_finder.demo import digits_learner
+from results import result
+
+inf,nan = math.inf,math.nan
+linear = {b: .004 + 2e-5*b for b in (16, 64, 256, 1024)}   # seconds: half of the throughput at 200 examples
+known = (350, 300, 400),(400, 300, 500),(450, 350, 600)
+
+
+def test_the_mean_noise_scale():
+    def mean(*rows): return result(*rows).mean_noise_scale
+    assert mean((100, 100, 100), (100, 100, 100)) == pytest.approx((100, 100, 100))
+    B,lo,hi = mean((100, nan, nan), (200, 100, 400), (-50, 300, inf))
+    assert B == pytest.approx(noiseless_mean([100, 200, 300], 64)) and lo == pytest.approx(noiseless_mean([100, 300], 64)) and hi == inf   # as open as the last one
+    assert mean((-50, 300, inf), (200, 100, 400))[2] == pytest.approx(noiseless_mean([inf, 400], 64))
+    t = result((-5, nan, nan), (100, 0, 400), (100, 0, 400)).table
+    assert t.lr_lo[256] == .1 and t.steps_hi[256] == 1   # no noise at all, for all we know
+    assert mean((-50, 300, inf))[2] == inf
+    for ns,used in (600, 600), (10**6, 800), (-50, 200): assert mean((ns, 200, inf))[0] == pytest.approx(used)
+    for rows in ([(-50, 0, inf)], [(-50, nan, nan)]): assert mean(*rows) is None
+
+
+def test_the_optimizers_metric_is_used_where_it_was_measured():
+    both = result((100, 90, 110), (100, 90, 110), opt_rows=[(nan, nan, nan), (400, 390, 410)])
+    assert both.mean_noise_scale[0] == pytest.approx(400) and critical(both) == 384 and average(both) == 384
+    none = result((100, 90, 110), opt_rows=[(nan, nan, nan)])
+    none.stats.opt_noise = nan
+    none = none.changed(bs=64)
+    assert none.mean_noise_scale[0] == pytest.approx(100) and critical(none) == 96
+
+
+def test_the_table():
+    s = result(*known, step_time=linear, max_bs=3000)
+    t,(B,lo,hi) = s.table,s.mean_noise_scale
+    assert type(t) is pd.DataFrame and t is s.table   # computed once
+    assert list(t.columns[:7]) == 'steps examples epochs time sec_per_epoch lr fits'.split() and t.index.name == 'bs'
+    assert t.index.is_monotonic_increasing and t.index[-1] == 49152 and t.index[0] == 8 and set(t.index) - {2**i for i in range(17)} == {3*2**i for i in range(2, 15)}
+    assert (t.loc[64, ['steps', 'examples', 'epochs', 'time']] == 1).all() and t.lr[64] == .1
+    for b in (16, 256, 2048):
+        assert t.steps[b] == pytest.approx(rel_steps(b, 64, B)) and t.examples[b] == t.epochs[b] == pytest.approx(rel_examples(b, 64, B))
+        assert t.time[b] == pytest.approx(rel_steps(b, 64, B)*(.004 + 2e-5*b)/(.004 + 2e-5*64)) and t.sec_per_epoch[b] == pytest.approx((.004 + 2e-5*b)*50_000/b)
+        assert t.lr[b] == pytest.approx(scale_lr(.1, 64, b, B, 'sgd'))
+        assert (t.steps_lo[b], t.steps_hi[b]) == pytest.approx(sorted(rel_steps(b, 64, x) for x in (lo, hi)))
+    for q in ('steps', 'examples', 'epochs', 'time'): assert ((t[f'{q}_lo'] <= t[q]) & (t[q] <= t[f'{q}_hi'])).all()
+    assert type(t.lr[256]) is float and type(t.loc[256].lr) is float
+    assert t.fits.tolist() == ['yes']*len(t[t.index <= 3000]) + [f'accumulate {k}' for k in (2, 2, 3, 3, 5, 6, 9, 11, 17)]
+    assert t.time[4096] == pytest.approx(rel_steps(4096, 64, B)*2*(.004 + 2e-5*2048)/(.004 + 2e-5*64))
+
+
+def test_the_table_of_little():
+    t = result(*known, bs=100, n=None, lr_given=slice(.01, .1)).table
+    assert 100 in t.index and t.index[-1] <= 8*600 and t.time.isna().all() and (t.fits == '').all() and isinstance(t.lr[128], slice)
+    assert result((-50, 0, inf)).table is None
+
+
+def test_a_suggestion_that_is_no_round_number_has_a_row():
+    r = result(*known, suggested=dict(mine=55, odd=nan, none=None))
+    assert r.table.steps[55] == r.at_bs(55)['steps'] == pytest.approx(rel_steps(55, 64, r.mean_noise_scale[0]))
+
+
+@pytest.mark.parametrize('suggested,advised', [
+    (dict(critical=192, fastest=64), 64), (dict(critical=192, fastest=None), 192), (dict(mine=55), 55), (dict(words='many', none=None, mine=np.int64(48)), 48),
+    (dict(half=.5, nan=nan, inf=inf), None), (dict(whole=64.), 64), (dict(yes=True), None), ({}, None)])
+def test_the_advice_of_several_suggestions(suggested, advised): assert advised_bs(suggested) == advised and result(*known, suggested=suggested).advised == advised
+
+
+def test_a_result_does_not_change():
+    r = result(*known)
+    for o,name in ((r, 'stats'), (r.run, 'bs'), (r.profile, 'max_bs')):
+        with pytest.raises(AttributeError): setattr(o, name, 1)
+    assert r.changed(bs=32, max_bs=7).run.bs == 32 and r.run.bs == 64 and r.profile.max_bs is None
+
+
+def test_columns_and_rows_as_of_the_table():
+    r = result(*known)
+    assert len(r) == 3 and r.lo.iloc[-1] == 350 and r['hi'].max() == 600 and r.loc[0, 'noise_scale'] == 350 and r[r.lo > 300].shape[0] == 1
+    with pytest.raises(AttributeError): r.nothing_of_the_kind
+
+
+facts = st.fixed_dictionaries({}, optional=dict(bs=st.integers(1, 10**6), n=st.none() | st.integers(1, 10**9), lr=st.floats(0, 10), opt=st.sampled_from(['sgd', 'adam']),
+                                                lr_given=st.floats(0, 1) | st.builds(slice, st.none() | st.floats(0, 1), st.floats(0, 1)) | st.lists(st.floats(0, 1), min_size=1),
+                                                stopped=st.sampled_from(['', 'loss']), max_bs=st.none() | st.integers(1, 10**6), error=st.text(max_size=20),
+                                                step_time=st.dictionaries(st.integers(1, 10**6), st.floats(1e-6, 10))))
+
+
+@given(facts, st.lists(st.tuples(st.floats(.1, 1e9), st.floats(0, 1e9) | st.just(nan), st.floats(0, 1e9) | st.sampled_from([nan, inf])), max_size=4), st.none() | st.integers(1, 10**6))
+def test_pickle_and_csv_lose_nothing(tmp_path_factory, facts, rows, mine):
+    r,file = result(*rows, suggested=dict(mine=mine), **facts),tmp_path_factory.getbasetemp()/'result.csv'
+    r.to_csv(file)
+    for again in (BSResult.from_csv(file), pickle.loads(pickle.dumps(r))):
+        if len(r): pd.testing.assert_frame_equal(again.stats, r.stats)
+        assert repr((again.run, again.profile, again.suggested)) == repr((r.run, r.profile, r.suggested)) and list(again.stats) == list(r.stats)
+    assert len(pd.read_csv(file, comment='#')) == len(rows)
+
+
+def test_csv_of_sweeps_and_trainings(tmp_path):
+    stats = pd.DataFrame(dict(bs=[16, 64], lr=pd.Series([slice(None, .1, None), [.1, .2]], dtype=object), loss=[.5, nan], best=[True, False]))
+    sweep = SweepResult(stats, target=.5, bs_in_use=16, too_large=128, fit=dict(critical=3.5))
+    sweep.to_csv(tmp_path/'sweep.csv')
+    again = SweepResult.from_csv(tmp_path/'sweep.csv')
+    assert again.lr.tolist() == sweep.lr.tolist() and (again.target, again.bs_in_use, again.too_large, again.fit) == (.5, 16, 128, dict(critical=3.5))
+    track = NoiseScaleResult(pd.DataFrame(dict(batch=[1], bs=[16])), share=.1, seconds=1.5)
+    track.to_csv(tmp_path/'track.csv')
+    assert NoiseScaleResult.from_csv(tmp_path/'track.csv').share == .1
+    (tmp_path/'other.csv').write_text('a,b')
+    with pytest.raises(ValueError, match='does not begin with a line'): BSResult.from_csv(tmp_path/'other.csv')
+
+
+def test_the_recorder_keeps_results_and_forgets_with_it():
+    import gc
+    from fastai_bs_finder import result as room
+    rec,n = Recorder(),len(room._kept)
+    assert rec.bs_result is rec.noise_scale_result is rec.bs_sweep_result is None
+    keep_result(rec, bs_result=(r := result(*known)))
+    assert rec.bs_result is r and 'bs_result' not in vars(rec) and len(room._kept) == n + 1
+    del rec
+    gc.collect()
+    assert len(room._kept) == n
+
+
+def test_of_a_mock_training():
+    learn = digits_learner()
+    with learn.no_bar(), learn.no_logging(): sug = learn.bs_find(.1, 100, 5, n_train=3, show_plot=False, profile=False)
+    r = learn.recorder.bs_result
+    assert r.stats is learn.recorder.bs_stats and r.table is learn.recorder.bs_table and r.suggested == sug._asdict()
+    assert not r.stats.attrs and not r.table.attrs and type(r.table) is pd.DataFrame
+    assert (r.run.bs, r.run.n, r.run.lr, r.run.n_batch, r.run.n_train, r.run.num_it, r.run.beta, r.run.stopped) == (16, 1500, .1, 5, 3, 100, .9, '')
+    assert r.profile == Profile() and 2 < r.run.first_loss < 2.6

@@ -1,0 +1,44 @@
+"The batch sizes that are suggested"
+import math
+
+import pytest
+from hypothesis import given, strategies as st
+
+from fastai_bs_finder.suggest import average, critical, fastest
+from results import result
+
+inf = math.inf
+
+
+@given(st.floats(5, 5e4), st.floats(1e-4, .1), st.floats(1e-6, 1e-3), st.sampled_from([16, 64, 256]), st.integers(3000, 10**6))
+def test_fastest_is_the_geometric_mean_of_noise_scale_and_half_throughput(B, overhead, cost, bs, n):
+    s = result(*[(B, B, B)]*3, bs=bs, n=n, step_time={b: overhead + cost*b for b in (bs//4, bs, 4*bs, 2**20)})
+    best,t = fastest(s),s.table
+    assert t.time[best] == t.time.min()
+    exact = (B*overhead/cost)**.5
+    if t.index[0] <= exact <= t.index[-1]: assert best/1.5 <= exact*1.0001 and exact <= best*1.5*1.0001
+
+
+@pytest.mark.parametrize('step_time', ({64: .01, 256: .01}, {64: .01, 256: .0101}, {16: .01, 64: .01, 1024: .01}))
+def test_fastest_is_one_that_was_timed_or_smaller(step_time):
+    "Two times that are the same by chance would make the whole training set the fastest batch"
+    s = result(*[(1e4, 9e3, 1.1e4)]*3, step_time=step_time)
+    assert s.table.time.idxmin() > max(step_time) and fastest(s) == max(step_time)
+
+
+def test_one_time_is_not_enough(): assert fastest(result(*[(1e4, 9e3, 1.1e4)]*3, step_time={64: .01})) is None
+
+
+def test_suggestions_stay_within_data_and_memory():
+    huge = result(*[(1e6, 9e5, 1.1e6)]*3, n=5000, step_time={b: .04 + 2e-6*b for b in (64, 4096)})
+    assert critical(huge) == fastest(huge) == average(huge) == 4096
+    huge = huge.changed(max_bs=1000)
+    assert critical(huge) == fastest(huge) == average(huge) == 768
+    at_least = result(*[(-5, 9e5, inf)]*3, n=5000, max_bs=1000)
+    assert critical(at_least) == 768 and fastest(at_least) is None
+
+
+def test_average():
+    assert average(result((50, 40, inf), (100, 80, 130), (200, 150, 300))) == 128     # the mean of 100 and 200, rounded: 150
+    assert average(result((50, 40, inf), (100, 80, inf), (200, 150, 300))) is None
+    assert average(result()) is None
