@@ -215,13 +215,13 @@ def result(self:BSFinder) -> BSResult: # Without what is known of time and memor
                  opt='adam' if self.meter and self.meter.metric.adaptive else 'sgd')
     return BSResult(pd.DataFrame(self.rows, columns=None if self.rows else names), Run(**facts | self.run_facts))
 
-# %% ../nbs/50_finder.ipynb #3ef8790c
+# %% ../nbs/50_finder.ipynb #7dc29468
 least_profile = .5  # seconds
 
 def _max_bs(learn, bs, seconds, processes):
     "The largest batch size that fits in memory, and why it is not known"
     try:
-        with by_itself(learn): memory = estimate_memory(learn, processes.share(bs), seconds)
+        with by_itself(learn): memory = estimate_memory(learn, processes.each(bs), seconds)
         trouble = ''
     except Exception as e: memory,trouble = None,f'{type(e).__name__}: {e}'.strip().removesuffix(':').splitlines()[0][:100]
     fits = processes.agree(memory.max_bs() if memory else math.nan, np.min)
@@ -242,7 +242,7 @@ def profile_learner(
 
     def timed(result, sizes, seconds):
         known = result.profile
-        sizes = [b for b in sizes if b not in known.step_time and b <= (result.most or math.inf)]
+        sizes = [b for b in sizes if b not in known.step_time and b <= (result.largest or math.inf)]
         return result.changed(profile=profile_steps(learn, sizes, seconds, known))
     result = timed(result, [bs, 4*bs], .7*(end - time.perf_counter()))
     if not result.profile.trouble and len(result.profile.step_time) < 2: result = timed(result, [2*bs], end - time.perf_counter())
@@ -255,13 +255,13 @@ def profile_learner(
         if result.profile.trouble: return result.changed(trouble='')  # two sizes or more are known
     return result.changed(cut_short=bool(best and best > max(result.profile.step_time)))
 
-# %% ../nbs/50_finder.ipynb #fda61425
+# %% ../nbs/50_finder.ipynb #b2ffb42a
 def _measure(learn, cb, lr, n_epoch_it, share, least, processes):
     "Run the mock training, and put together what it found"
     with mock_training(learn):
         learn.lr_finder = cb
         check_opt(learn.opt, lr)
-        processes.meet()  # none goes into the fit without the others
+        processes.barrier()  # none goes into the fit without the others
         start = time.perf_counter()
         learn.fit(math.ceil(cb.num_it/n_epoch_it) if n_epoch_it else 1, lr, cbs=cb)
         first_loss = processes.agree(float(cb.first_loss), np.mean)
@@ -312,9 +312,9 @@ def bs_find(self:Learner,
         if cb.error: raise cb.error
         _keep(self, result)  # before it is complete: a suggestion function may fail
         self.recorder.bs_layers = layer_table(self.model, cb.meter.params, np.reshape(cb.parts, (-1, 2, len(cb.meter.params))), beta)
-        if result.profile.max_bs: self.recorder.bs_fits = processes.share(result.profile.max_bs)
+        if result.profile.max_bs: self.recorder.bs_fits = processes.each(result.profile.max_bs)
         suggested = {name: f(result) for name,f in zip(names, funcs)}
-        processes.meet()
+        processes.barrier()
         result = result.changed(suggested=processes.first(suggested))
         _keep(self, result)
     if processes.rank == 0: say(self, bs_summary(result))

@@ -175,7 +175,7 @@ def _device(learn):
     "Where `fit` trains"
     return torch.device(getattr(learn.dls, 'device', default_device()) or next(learn.model.parameters()).device)
 
-def _meter(learn):
+def _step_bytes(learn):
     device = _device(learn)
     res = (_CudaBytes if device.type == 'cuda' else _HostBytes)(device)
     if n_connected() > 1: res.held = sum(p.numel()*p.element_size() for p in learn.model.parameters() if p.requires_grad)  # DistributedDataParallel's buckets
@@ -185,28 +185,28 @@ def warm_up():
     "Let PyTorch import what it needs to count allocations: two seconds, once in a process"
     with _Allocations(): torch.zeros(1) + 1
 
-def _estimate(learn, meter, bs, seconds=math.inf):
+def _estimate(learn, probe, bs, seconds=math.inf):
     end,took = time.perf_counter() + seconds,0.
     dl = learn.dls.train
     bs,most = bs or batch_size(dl),n_train_examples(learn) or sys.maxsize
     if not bs: return
-    while not meter.points:
+    while not probe.points:
         for b in _probe_sizes(bs, most):
-            if b >= meter.failed: break
-            size,n = meter.measure(learn, b)
+            if b >= probe.failed: break
+            size,n = probe.measure(learn, b)
             if n == math.inf: break
             if size != b or not n: return
-        if not meter.points and b <= 2: raise torch.OutOfMemoryError(f"A training step does not fit into memory, not even with a batch of {b}: free memory, or train a smaller model")
+        if not probe.points and b <= 2: raise torch.OutOfMemoryError(f"A training step does not fit into memory, not even with a batch of {b}: free memory, or train a smaller model")
         bs = max(bs//4, 1)
-    best = max(meter.points)
-    while best < most and meter.failed == math.inf and meter.memory.per_example*best < meter.available/1000:
+    best = max(probe.points)
+    while best < most and probe.failed == math.inf and probe.memory.per_example*best < probe.available/1000:
         start = time.perf_counter()
         if start + 4*took > end: return
-        meter.measure(learn, min(4*best, most))
+        probe.measure(learn, min(4*best, most))
         took = time.perf_counter() - start
-        if max(meter.points) == best: break  # there are no more examples, or not so much memory
-        best = max(meter.points)
-    return meter.memory
+        if max(probe.points) == best: break  # there are no more examples, or not so much memory
+        best = max(probe.points)
+    return probe.memory
 
 def estimate_memory(
     learn:Learner, # A learner in a `mock_training` block
@@ -214,21 +214,21 @@ def estimate_memory(
     seconds:float=math.inf, # Seconds to spend on more than the first two probes, about
 ) -> Memory|None: # `None` where the loader does not listen to another batch size, or the time does not suffice to tell the examples from the weights
     "Estimate the memory of a training step from two small probes. Raises `torch.OutOfMemoryError` where not even they fit"
-    return _estimate(learn, _meter(learn), bs, seconds)
+    return _estimate(learn, _step_bytes(learn), bs, seconds)
 
 # %% ../nbs/41_memory.ipynb #985e7af1
 _tries,_growth = 12,8
 
-def _climb(learn, meter, margin, most):
+def _climb(learn, probe, margin, most):
     "The largest batch size that a real step shows to fit"
     for _ in range(_tries):
-        best = max(meter.points)
-        bs = min(meter.memory.max_bs(margin), most, _growth*best)
-        if meter.failed < math.inf: bs = min(bs, (best + meter.failed)//2)
+        best = max(probe.points)
+        bs = min(probe.memory.max_bs(margin), most, _growth*best)
+        if probe.failed < math.inf: bs = min(bs, (best + probe.failed)//2)
         if bs < 1.05*best: return min(bs, best)
-        size,_ = meter.measure(learn, bs)
+        size,_ = probe.measure(learn, bs)
         if size < bs: most = size
-    return max(meter.points)
+    return max(probe.points)
 
 @patch
 def max_bs(self:Learner,
@@ -243,14 +243,14 @@ def max_bs(self:Learner,
         check_empty(self.dls.train)
         most = n_train_examples(self) or sys.maxsize
         with mock_training(self), by_itself(self):
-            meter = _meter(self)
-            mem = _estimate(self, meter, None)
+            probe = _step_bytes(self)
+            mem = _estimate(self, probe, None)
             if mem is None:
                 raise ValueError(f"The training loader, a {type(self.dls.train).__name__}, does not make batches of another size when its batch size is set, or they cannot be counted: "
                                  "use a fastai or PyTorch loader that makes the batches itself, with a batch size and no batch_sampler of your own")
             if check is None: check = _device(self).type == 'cuda'
-            res = _climb(self, meter, margin, most) if check else min(mem.max_bs(margin), most)
+            res = _climb(self, probe, margin, most) if check else min(mem.max_bs(margin), most)
         if res < 1: raise torch.OutOfMemoryError(f"Not even one example fits: {mem}, of which margin={margin} is to be used. Free memory, raise margin, or train a smaller model")
         res = int(min(processes.agree(res)*processes.size, processes.agree(processes.examples(most))))
-    if hasattr(self, 'recorder'): self.recorder.bs_fits = processes.share(res)  # in each: the next training may have fewer
+    if hasattr(self, 'recorder'): self.recorder.bs_fits = processes.each(res)  # in each: the next training may have fewer
     return res

@@ -26,7 +26,7 @@ from .noise import GradSums
 from .processes import Processes, before_broadcast, is_distributed, processes_of, trainers
 from .snapshot import no_footprint
 
-# %% ../nbs/30_mock.ipynb #cd6ae476
+# %% ../nbs/30_mock.ipynb #97db4851
 _aside = (progress.ProgressCallback, progress.CSVLogger, GradientAccumulation)
 
 @contextmanager
@@ -38,7 +38,7 @@ def mock_training(
         learn.remove_cbs(L(o for o in learn.cbs if isinstance(o, _aside)))
         learn.lr_finder = True
         if not learn.opt: learn.create_opt()
-        with _wait_at_meetings_only(learn), learn.no_logging(): yield
+        with _wait_at_barriers_only(learn), learn.no_logging(): yield
 
 # %% ../nbs/30_mock.ipynb #b5fab6a4
 class MockCallback(Callback):
@@ -159,12 +159,12 @@ def out_of_memory(
     "Tell errors of memory from others"
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
-# %% ../nbs/30_mock.ipynb #750555cd
+# %% ../nbs/30_mock.ipynb #f4dd59a0
 class LockStep:
     "What a callback of a mock training does besides, so that several processes take every step together"
     def before_fit(self):
         self.processes,self._over,self._epoch_over = processes_of(self.learn),False,False
-        before_broadcast[:] = [self.meet]
+        before_broadcast[:] = [self.barrier]
         super().before_fit()
 
     def before_train(self):
@@ -176,7 +176,7 @@ class LockStep:
         super().before_batch()
 
     def after_train(self):
-        if not self._epoch_over: self.meet('epoch')
+        if not self._epoch_over: self.barrier('epoch')
 
     def after_cancel_epoch(self): self.after_train()
 
@@ -184,12 +184,12 @@ class LockStep:
         before_broadcast.clear()
         self._average_in_backward(True)
         if self._over: return
-        try: self.meet('fit')
+        try: self.barrier('fit')
         except CancelFitException: pass  # it is over
 
-    def meet(self, event='', said=None):
-        "Meet the other processes: what ends the epoch, or the training, in one of them ends it in all"
-        happened,rank,said = self.processes.meet(event, said)
+    def barrier(self, event='', said=None):
+        "Wait for the other processes: what ends the epoch, or the training, in one of them ends it in all"
+        happened,rank,said = self.processes.barrier(event, said)
         if happened in ('fit', 'stop'):
             self._over = True
             if happened == 'stop': self.stop_for(rank, said)
@@ -198,27 +198,27 @@ class LockStep:
             self._epoch_over = True
             if event != 'epoch': raise CancelTrainException
 
-    def stop(self, said=None): self.meet('stop', said)
+    def stop(self, said=None): self.barrier('stop', said)
 
     def finish(self):
         self._over = True  # in all of them
         super().finish()
 
     def add_up(self, sums, params, *values):
-        self.meet()
+        self.barrier()
         *sent,measured = self.processes.add_up(sums, params, *values, *[0.]*(2 - len(values)), 1.)
         return measured == self.processes.size,sent[:len(values)]
 
     def average_gradients(self, params):
         scale = loss_scale(self.learn) or 1.
         sums = GradSums.of_one_batch([p.grad for p in params], max(n_examples(self.learn), 1), scale)
-        self.meet()
+        self.barrier()
         *_,measured = self.processes.add_up(sums, params, 0., 0., 0.)
         set_gradients(params, sums.pop_mean(scale))
         return measured > 0
 
     def step_of_all(self, seconds, n):
-        self.meet()
+        self.barrier()
         return max(self.processes.gather(seconds)),int(sum(self.processes.gather(n)))
 
     def _average_in_backward(self, on):
@@ -231,26 +231,26 @@ def in_step(
     "The class to use: `cls` itself, or where several processes train together one that takes every step with the others"
     return type(cls.__name__, (LockStep, cls), {}) if is_distributed(learn) else cls
 
-# %% ../nbs/30_mock.ipynb #b9ebd9ce
+# %% ../nbs/30_mock.ipynb #ef723d4e
 class _OwnSmoothLoss(AvgSmoothLoss):
     "The smoothed loss of this process: fastai's asks the others for theirs, at every batch"
     def accumulate(self, learn):
         self.count += 1
         self.val = torch.lerp(to_detach(learn.loss.mean(), gather=False), self.val, self.beta)
 
-class _MeetFirst(Callback):
-    "Before the processes make a `DistributedDataParallel` together, they meet"
+class _BarrierFirst(Callback):
+    "A barrier before the processes make a `DistributedDataParallel` together"
     order = 10.5
-    def before_fit(self): processes_of(self.learn).meet()
+    def before_fit(self): processes_of(self.learn).barrier()
 
 @contextmanager
-def _wait_at_meetings_only(learn):
+def _wait_at_barriers_only(learn):
     "In the block, no gathered losses, and no batch-norm over all processes"
     if not is_distributed(learn):
         yield
         return
     learn.recorder.smooth_loss,learn.recorder.train_metrics = _OwnSmoothLoss(learn.recorder.smooth_loss.beta),False
-    learn.add_cb(_MeetFirst())
+    learn.add_cb(_BarrierFirst())
     for o in trainers(learn): o.sync_bn = False
     for m in learn.model.modules():
         if isinstance(m, torch.nn.SyncBatchNorm): m.forward = MethodType(torch.nn.modules.batchnorm._BatchNorm.forward, m)

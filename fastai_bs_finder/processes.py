@@ -100,7 +100,7 @@ class Processes:
     "The single process that trains a learner: it waits for nobody, and what it has is what all have"
     size,rank = 1,0
 
-    def meet(self,
+    def barrier(self,
         event:str='', # What happened to this process
         said=None, # More about it
     ) -> tuple: # What happened to all: the event, the rank that it happened to, and what that one said
@@ -110,7 +110,7 @@ class Processes:
     def gather(self,
         x:float, # A number of this process
     ) -> list: # Those of all processes, by rank
-        "Share a number; to be called right after a meeting"
+        "Share a number; to be called right after a barrier"
         return [x]
 
     def same(self,
@@ -123,8 +123,8 @@ class Processes:
         x:float, # A number of this process
         how:Callable=min, # What to make of the numbers of all
     ) -> float: # The same number on all processes
-        "Meet, and agree on a number"
-        self.meet()
+        "Agree on a number"
+        self.barrier()
         return how(self.gather(x))
 
     def sum(self,
@@ -133,7 +133,7 @@ class Processes:
         "Add up numbers; to be called by all"
         return x
 
-    def share(self,
+    def each(self,
         bs:int, # Batch size of all processes together
     ) -> int: # Batch size of each; rounded up
         "The part of a batch that a process takes"
@@ -154,7 +154,7 @@ class Processes:
     def first(self,
         o, # Anything that can be pickled
     ): # What rank 0 has
-        "Share what rank 0 has; to be called right after a meeting"
+        "Share what rank 0 has; to be called right after a barrier"
         return o
 
     def add_up(self,
@@ -165,18 +165,18 @@ class Processes:
         "Add up the running sums of all processes"
         return list(values)
 
-# %% ../nbs/23_processes.ipynb #86aa30e0
+# %% ../nbs/23_processes.ipynb #0cb2d165
 class ProcessError(RuntimeError):
     "Another process failed, or is gone"
     said = None  # of 'trouble', what the other one said
 
-class _UntilMeeting(CtrlC):
-    "Keeps a Ctrl-C until the next meeting; a second one is handed on at once"
+class _UntilBarrier(CtrlC):
+    "Keeps a Ctrl-C until the next barrier; a second one is handed on at once"
     def __call__(self, *args):
         if self.pressed: self.before(*args)
         else: super().__call__(*args)
 
-_waiting = []  # the Ctrl-C that waits for a meeting, in the block in which processes are together
+_waiting = []  # the Ctrl-C that waits for a barrier, in the block in which processes are together
 _events = '', 'epoch', 'fit', 'stop', 'trouble', 'error'  # by seriousness
 
 def _send(f, *args):
@@ -194,7 +194,7 @@ class SeveralProcesses(Processes):
         self.size,self.rank = dist.get_world_size(),dist.get_rank()
         self.device = torch.device('cuda', torch.cuda.current_device()) if 'nccl' in dist.get_backend() else torch.device('cpu')
 
-    def meet(self, event='', said=None):
+    def barrier(self, event='', said=None):
         "Wait for the others. Raises `ProcessError` where another process failed, or is gone"
         if event != 'error':
             for o in _waiting: o.pass_on()
@@ -217,7 +217,7 @@ class SeveralProcesses(Processes):
         return self.sum(xs).tolist()
 
     def same(self, what, **kwargs):
-        self.meet()
+        self.barrier()
         if len(set(self.gather(crc32(repr(kwargs).encode())))) == 1: return
         raise ValueError(f"The processes call {what} with different arguments, rank {self.rank} with {', '.join(f'{k}={v!r}' for k,v in kwargs.items())}: "
                          "give all of them the same")
@@ -232,8 +232,8 @@ class SeveralProcesses(Processes):
         if not self._deal: return len(dl)
         dl = dealt_by(dl)
         n,bs = getattr(dl, 'n', None),getattr(dl, 'bs', None)
-        if not n or not bs: return self.share(len(dl))
-        return self.share(n)//bs if getattr(dl, 'drop_last', False) else -(-self.share(n)//bs)
+        if not n or not bs: return self.each(len(dl))
+        return self.each(n)//bs if getattr(dl, 'drop_last', False) else -(-self.each(n)//bs)
 
     def examples(self, n):
         "Number of examples of all processes, where each has as many as this one, or `distrib_ctx` deals them out"
@@ -293,8 +293,8 @@ def _add_up(processes, sums, params, *values):
 
 # %% ../nbs/23_processes.ipynb #23643341
 @contextmanager
-def _ctrl_c_at_meetings():
-    ctrl_c = _UntilMeeting()
+def _ctrl_c_at_barriers():
+    ctrl_c = _UntilBarrier()
     ctrl_c.hold()
     _waiting.append(ctrl_c)
     try: yield
@@ -314,18 +314,18 @@ def together(
     if processes.size == 1:
         yield processes
         return
-    with _ctrl_c_at_meetings(), broadcast_on_any_device():
+    with _ctrl_c_at_barriers(), broadcast_on_any_device():
         try:
             yield processes
-            processes.meet()
+            processes.barrier()
         except ProcessError: raise
         except BaseException as e:
-            try: processes.meet('error', f'{type(e).__name__}: {e}'.removesuffix(': '))
+            try: processes.barrier('error', f'{type(e).__name__}: {e}'.removesuffix(': '))
             except ProcessError: pass  # this process has an error of its own to raise
             raise
 
-# %% ../nbs/23_processes.ipynb #f724e4d3
-before_broadcast = []  # in a mock training: the meeting before the examples are dealt out
+# %% ../nbs/23_processes.ipynb #ed7a244e
+before_broadcast = []  # in a mock training: the barrier before the examples are dealt out
 
 def _broadcast(self, t, rank):
     "Broadcasts t from rank `rank` to all other ranks. Returns t so t is same for all ranks after call."

@@ -17,7 +17,7 @@ from .predict import StepTime
 from .processes import ProcessError, processes_of
 from .result import Profile
 
-# %% ../nbs/40_profile.ipynb #d2e54cdd
+# %% ../nbs/40_profile.ipynb #783e3d4b
 _seconds_per_size = 2.  # to spend, at most
 
 def _first_line(e): return next(iter(l.strip() for l in str(e).splitlines()[::-1] if l.strip()), type(e).__name__)[:100]
@@ -46,15 +46,15 @@ def profile_steps(
         most = min(left, 2*_seconds_per_size)
         if 4*_guess(found, bs) > most or left <= 0: continue
         def enough(seconds): return len(seconds) >= 4 and sum(seconds) + seconds[-1] > share or len(seconds) >= 30 or sum(seconds) > most
-        try: steps = run_steps(learn, processes.share(bs), enough)
+        try: steps = run_steps(learn, processes.each(bs), enough)
         except Exception as e:  # a model, or a loss, for one batch size only: no reason to lose the measurements
             learn._end_cleanup()
-            said = e.said if isinstance(e, ProcessError) else processes.meet('trouble', (_first_line(e), out_of_memory(e)))[2]
+            said = e.said if isinstance(e, ProcessError) else processes.barrier('trouble', (_first_line(e), out_of_memory(e)))[2]
             if said is None: raise
             new = dict(trouble='failed', failed=bs, error=said[0])
             if said[1]: new['max_bs'] = min(known.max_bs or bs, bs - 1)
             break
-        size = processes.share(bs)*processes.size
+        size = processes.each(bs)*processes.size
         if max(steps.sizes, default=size) != size:
             new = dict(trouble='ignored')
             break

@@ -141,7 +141,7 @@ def advised_bs(
     names = [*(n for n in ('fastest', 'critical') if n in by_name), *by_name]
     return next((bs for n in names if (bs := _as_size(by_name[n]))), None)
 
-# %% ../nbs/21_result.ipynb #d31ff13f
+# %% ../nbs/21_result.ipynb #f2a97abe
 @dataclass(frozen=True, eq=False, repr=False)
 class BSResult(Result):
     "The result of `bs_find`; everything is computed from it once"
@@ -172,7 +172,7 @@ class BSResult(Result):
         return self.run.opt
 
     @property
-    def most(self) -> int|None:
+    def largest(self) -> int|None:
         "The largest batch size there is data and memory for; `None` where neither is known"
         return min((v for v in (self.run.n, self.profile.max_bs) if v), default=None)
 
@@ -275,17 +275,17 @@ def layer_table(
                                        noise_scale=average.noise_scale if average.scale > 0 else math.nan, lo=lo, hi=hi)
     return pd.DataFrame.from_dict(rows, orient='index', columns='layer params noise scale noise_scale lo hi'.split()).rename_axis('module')
 
-# %% ../nbs/21_result.ipynb #ef63778f
-_kept = WeakKeyDictionary()
+# %% ../nbs/21_result.ipynb #1be59d23
+_results = WeakKeyDictionary()
 
 def keep_result(
     recorder:Recorder, # The learner's recorder
     **results, # A result by its name
 ):
     "Remember results for a recorder"
-    _kept.setdefault(recorder, {}).update(results)
+    _results.setdefault(recorder, {}).update(results)
 
-def _last(recorder, name): return _kept.get(recorder, {}).get(name)
+def _last(recorder, name): return _results.get(recorder, {}).get(name)
 
 @patch(as_prop=True)
 def bs_result(self:Recorder) -> BSResult|None:

@@ -12,15 +12,15 @@ from fastcore.basics import mk_class
 from .predict import round_bs
 from .result import BSResult
 
-# %% ../nbs/31_suggest.ipynb #d0e5fcef
+# %% ../nbs/31_suggest.ipynb #362765d6
 def critical(
     result:BSResult, # The result of a mock training: `learn.recorder.bs_result`
 ) -> int|None: # A batch size; the largest that is safe where the interval has no upper end; `None` where nothing can be said
     "The noise scale at the end of the mock training: larger batches mostly burn compute, smaller ones mostly cost steps"
     if not len(result): return None
     last = result.in_use.iloc[-1]
-    if last.hi == math.inf: return round_bs(last.lo, result.most, down=True) if last.lo >= 1 else None
-    return round_bs(last.noise_scale, result.most) if last.noise > 0 and last.scale > 0 else None
+    if last.hi == math.inf: return round_bs(last.lo, result.largest, down=True) if last.lo >= 1 else None
+    return round_bs(last.noise_scale, result.largest) if last.noise > 0 and last.scale > 0 else None
 
 def average(
     result:BSResult, # The result of a mock training: `learn.recorder.bs_result`
@@ -28,7 +28,7 @@ def average(
     "The noise scale averaged over the mock training (McCandlish et al. 2018, Table 1 gives it beside the one at the start)"
     known = result.in_use[result.in_use.hi < math.inf]
     if len(known) < max(len(result)/2, 1): return None
-    return round_bs(known.noise_scale.mean(), result.most)
+    return round_bs(known.noise_scale.mean(), result.largest)
 
 def quickest(
     result:BSResult, # The result of a mock training: `learn.recorder.bs_result`

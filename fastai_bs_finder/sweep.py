@@ -36,13 +36,13 @@ import fastai_bs_finder.plot
 
 # %% ../nbs/52_sweep.ipynb #73760c8a
 class _SweepRun(Callback):
-    "Trains until the target, the end of the budget, or until it is hopeless; counts steps, examples, and the seconds without those of evaluation"
+    "Trains until the target, the end of the budget, or until it is given up; counts steps, examples, and the seconds without those of evaluation"
     order,run_valid = 100,False
     def __init__(self,
         watch:'_Watch', # What is looked at, and what ends the training
-        most:float=math.inf, # Number of steps after which it is hopeless
+        most_steps:float=math.inf, # Number of steps after which it is given up
         update=noop, # Called at each look with the part of the way that is done, and what is seen
-    ): self.watch,self.most,self.update = watch,most,update
+    ): self.watch,self.most_steps,self.update = watch,most_steps,update
 
     def before_fit(self):
         self.steps,self.examples,self.seconds,self.best,self.reached = 0,0,0.,{},False
@@ -72,8 +72,8 @@ class _SweepRun(Callback):
         self._look(*first)
         if self.now is None: raise ValueError(f"There is no {self.watch.monitor} to watch: the evaluation saw no batch, or the metric is not a number. Is there a callback that cancels validation?")
         self.reached = self.watch.is_reached(self.now)
-        self.update(max(spent, self.steps/self.most), self.now)
-        if self.reached or self._diverged or self.steps >= self.most or spent >= 1:
+        self.update(max(spent, self.steps/self.most_steps), self.now)
+        if self.reached or self._diverged or self.steps >= self.most_steps or spent >= 1:
             for other in others: self._look(*other)
             raise CancelFitException
         self._start = time.perf_counter()
@@ -166,7 +166,7 @@ def _has_valid(
     return bool(len_or_none(learn.dls.valid))
 
 # %% ../nbs/52_sweep.ipynb #5b6f3a28
-_hopeless,_hopeless_size,_most_lrs = 1.25,3,12
+_longer_than_best,_longer_than_other_sizes,_most_lrs = 1.25,3,12  # times the steps after which a training is given up; learning rates per size
 _columns = 'bs lr steps examples epochs seconds loss'.split()
 
 class _Sweep:
@@ -236,12 +236,12 @@ class _Sweep:
         done = {row['bs']: row for row in self.best() if row['bs'] in self._searched}
         near = min(done, key=lambda b: abs(math.log(b/bs)), default=None)
         lr0 = scale_lr(*(self.lr, self.bs0) if near is None else (done[near]['lr'], near), bs, self.noise_scale, self.opt)
-        most = min((_hopeless_size*row['steps']*max(b/bs, 1) for b,row in done.items() if row['reached']), default=math.inf)
+        most = min((_longer_than_other_sizes*row['steps']*max(b/bs, 1) for b,row in done.items() if row['reached']), default=math.inf)
         scores = {}
         def score(i):
             if i not in scores:
                 reached = [s[1] for s in scores.values() if not s[0]]
-                scores[i] = self.score(self.train(bs, scale_lr(lr0, 1, 2**i, opt='sgd'), min([most, *(_hopeless*s for s in reached)])))
+                scores[i] = self.score(self.train(bs, scale_lr(lr0, 1, 2**i, opt='sgd'), min([most, *(_longer_than_best*s for s in reached)])))
             return scores[i]
         i = 0
         score(i)

@@ -141,7 +141,7 @@ def _advice(result):
     if row is None: return f"What bs={bs} would gain is not known."
     return _in_steps(result, bs) if math.isnan(row['time']) else _in_time(result, bs, row)
 
-# %% ../nbs/32_words.ipynb #80b33509
+# %% ../nbs/32_words.ipynb #4459e05c
 troubles = {'short': "the run is too short to try them, raise num_it, or profile", 'ignored': "the training loader does not take another batch size",
             'failed': "a step with bs={bs} fails ({error})"}
 _few_steps = 20
@@ -166,7 +166,7 @@ def _about_memory(result):
     if result.profile.no_memory and not result.profile.trouble: return f"What fits in memory is not known: {result.profile.no_memory}."
 
 def _limit(result):
-    last,most,n = result.in_use.iloc[-1],result.most,result.run.n
+    last,most,n = result.in_use.iloc[-1],result.largest,result.run.n
     B = last.lo if last.hi == math.inf else last.noise_scale
     if not most or not B > 1.5*most: return
     if most == n: return f"A larger batch would do, but the training set has only {n:,} examples."

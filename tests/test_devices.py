@@ -84,4 +84,4 @@ def test_weights_on_a_gpu_are_kept_in_host_memory():
 @cuda
 @pytest.mark.parametrize('make', [lambda: learner('cuda'), plain_pytorch], ids=['loaders on the GPU', 'loaders of PyTorch'])
 def test_memory_is_that_of_the_gpu(make):
-    assert isinstance(memory._meter(make()), memory._CudaBytes) and make().max_bs() == 480
+    assert isinstance(memory._step_bytes(make()), memory._CudaBytes) and make().max_bs() == 480

@@ -43,7 +43,7 @@ kinds = {'MLP': lambda data: learner(nn.Sequential(nn.Linear(64, 64), nn.ReLU(),
 def test_a_line_through_two_small_probes(kind, fastai_data):
     learn = kinds[kind](fastai_data)
     with mock_training(learn):
-        meter = memory._meter(learn)
+        meter = memory._step_bytes(learn)
         for bs in (16, 60): meter.measure(learn, bs)
         predicted = meter.memory.bytes(480)
         size,found = meter.measure(learn, 480)
@@ -67,7 +67,7 @@ def allocated(learn, bs):
 
 def measured(learn, *sizes):
     with mock_training(learn):
-        meter = memory._meter(learn)
+        meter = memory._step_bytes(learn)
         return [meter.measure(learn, bs)[1] for bs in sizes][-1]
 
 
@@ -157,7 +157,7 @@ def test_one_example_does_not_fit(monkeypatch):
 def test_a_failed_step_is_let_go():
     learn = learner(Full(mlp(), 60, []))
     with mock_training(learn):
-        meter = memory._meter(learn)
+        meter = memory._step_bytes(learn)
         meter.measure(learn, 16)
         was = meter.counting.now
         assert meter.measure(learn, 400) == (400, float('inf')) and meter.counting.now <= was
@@ -238,7 +238,7 @@ def test_on_a_gpu_against_bisection(model, request):
     res = small().max_bs()
     learn,fits,fails = small(),1,200_001
     with mock_training(learn):
-        meter = memory._meter(learn)
+        meter = memory._step_bytes(learn)
         while fails - fits > max(.02*fits, 1):
             bs = (fits + fails)//2
             if meter.measure(learn, bs)[1] == float('inf'): fails = bs
