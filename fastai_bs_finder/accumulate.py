@@ -72,7 +72,9 @@ class AccumulateGrads(TidyCallback, GradientAccumulation):
     def before_fit(self):
         if self.validates: return
         if len(others := [o for o in self.learn.cbs if isinstance(o, GradientAccumulation)]) > 1:
-            raise ValueError(f"The learner has {len(others)} callbacks that accumulate gradients, {' and '.join(type(o).__name__ for o in others)}: keep one, learn.remove_cb({type(others[0]).__name__}) takes one off" + (". GrowBatch brings one along: put yours before it" if any(getattr(o, 'stays', False) for o in others) else ''))
+            raise ValueError(f"The learner has {len(others)} callbacks that accumulate gradients, "
+                             f"{' and '.join(type(o).__name__ for o in others)}: keep one, learn.remove_cb({type(others[0]).__name__}) "
+                             "takes one off" + ". GrowBatch brings one along: put yours before it"*any(getattr(o, 'stays', False) for o in others))
         self.tidy()
 
     def before_train(self):
@@ -103,7 +105,9 @@ def _scale(self:AccumulateGrads, w):
 @patch
 def before_backward(self:AccumulateGrads):
     bs = n_examples(self.learn)
-    if not bs: raise ValueError("The examples of a batch cannot be counted, and AccumulateGrads weights them equally: neither its first target nor its first input is a tensor with the examples along its first axis")
+    if not bs:
+        raise ValueError("The examples of a batch cannot be counted, and AccumulateGrads weights them equally: neither its first target "
+                         "nor its first input is a tensor with the examples along its first axis")
     if self.count: self._scale(self._bs/bs)
     self._bs,self.count = bs,self.count + bs
 

@@ -13,14 +13,15 @@ from numbers import Integral, Real
 from torch.nn.parameter import is_lazy
 from fastcore.foundation import L
 
-# %% ../nbs/12_checks.ipynb #f0a4c058
+# %% ../nbs/12_checks.ipynb #8926db52
 def check_whole(
     name:str, # What the number is called
     x, # The number
     least:int, # The smallest that is allowed
 ):
     "Is it a whole number of `least` or more?"
-    if not isinstance(x, Integral) or isinstance(x, bool) or x < least: raise ValueError(f"{name}={x!r} is not a whole number of {least} or more")
+    if not isinstance(x, Integral) or isinstance(x, bool) or x < least:
+        raise ValueError(f"{name}={x!r} is not a whole number of {least} or more")
 
 def check_lr(
     lr, # A learning rate, or several
@@ -33,7 +34,8 @@ def check_lr(
     if hasattr(lr, 'tolist'): lr = lr.tolist()  # an array
     vals = [v for v in (lr.start, lr.stop) if v is not None] if isinstance(lr, slice) else [lr] if isinstance(lr, Real) else list(L(lr))
     if not vals or (isinstance(lr, slice) and lr.stop is None) or not all(isinstance(v, Real) and math.isfinite(v) and v >= 0 for v in vals):
-        raise ValueError(f"lr={lr!r} is not a learning rate: give a finite number of 0 or more, a slice or a list of them, or None for the learner's own")
+        raise ValueError(f"lr={lr!r} is not a learning rate: give a finite number of 0 or more, a slice or a list of them, or None for "
+                         "the learner's own")
     return float(lr) if isinstance(lr, Real) else lr
 
 def check_profile(
@@ -45,25 +47,28 @@ def check_profile(
         raise ValueError(f"profile={profile!r} is not True, False or a share of the time of 0 or more, such as 0.2")
     return float(profile)
 
-# %% ../nbs/12_checks.ipynb #3709646c
+# %% ../nbs/12_checks.ipynb #98ed7fd9
 def suggestion_names(
     funcs:tuple, # Suggestion functions
 ) -> list: # Their names
     "The fields of the result"
     names = [getattr(f.func if isinstance(f, partial) else f, '__name__', repr(f)) for f in funcs]
     if len(set(names)) < len(names) or not all(n.isidentifier() and not n.startswith('_') for n in names):
-        raise ValueError(f"suggest_funcs are called {', '.join(names)}: the fields of the result are named after them, so give each function (no lambda) "
+        raise ValueError(f"suggest_funcs are called {', '.join(names)}: the fields of the result are named after them, so give each "
+                         "function (no lambda) "
                          "a name of its own, without leading underscore")
     return names
 
-# %% ../nbs/12_checks.ipynb #ffde6585
+# %% ../nbs/12_checks.ipynb #82c7eb67
 def check_model(
     learn, # A `Learner`
 ):
     "Can it be trained?"
     if any(is_lazy(t) for t in (*learn.model.parameters(), *learn.model.buffers())):
-        raise ValueError("The model has lazy layers that have not seen a batch yet: run one through it, learn.model(learn.dls.one_batch()[0])")
-    if not callable(learn.loss_func): raise ValueError(f"The learner's loss_func is {learn.loss_func!r}: set learn.loss_func to the loss to train with")
+        raise ValueError("The model has lazy layers that have not seen a batch yet: run one through it, "
+                         "learn.model(learn.dls.one_batch()[0])")
+    if not callable(learn.loss_func):
+        raise ValueError(f"The learner's loss_func is {learn.loss_func!r}: set learn.loss_func to the loss to train with")
     if not any(p.requires_grad for p in learn.model.parameters()):
         raise ValueError("The model has no trainable parameters: there is no gradient to measure. Unfreeze it (learn.unfreeze()), "
                          "or set requires_grad on the parameters to train")
@@ -82,9 +87,11 @@ def check_opt(
 ):
     "Can `fit` step with it, and does it have as many parameter groups as there are learning rates?"
     params = inspect.signature(opt.step).parameters.values()
-    needed = [p.name for p in params if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL) and p.name != 'self']  # a wrapped `step` may show it
+    optional = inspect.Parameter.VAR_KEYWORD,inspect.Parameter.VAR_POSITIONAL
+    needed = [p.name for p in params if p.default is p.empty and p.kind not in optional and p.name != 'self']  # a wrapped `step` may show it
     if needed:
-        raise ValueError(f"{type(getattr(opt, 'opt', opt)).__name__}.step() needs a {needed[0]}, and fastai's fit gives it none: choose another optimizer as opt_func")
+        raise ValueError(f"{type(getattr(opt, 'opt', opt)).__name__}.step() needs a {needed[0]}, and fastai's fit gives it none: choose "
+                         "another optimizer as opt_func")
     groups = len(opt.hypers)
     if not isinstance(lr, slice) and len(L(lr)) not in (1, groups) and lr is not None:
         raise ValueError(f"lr={lr!r} has {len(L(lr))} values, but the optimizer has {groups} parameter group{'s' if groups > 1 else ''}: "

@@ -54,7 +54,8 @@ def main(
     if not 0 <= args.seed < 2**32: parser.error(f'argument --seed: {args.seed} is not between 0 and 2**32 - 1')
     if args.out.is_dir(): parser.error(f'argument --out: {args.out} is a folder')
     if not args.out.absolute().parent.is_dir(): parser.error(f'argument --out: there is no folder {args.out.parent}')
-    if args.out.suffix.lower() not in ('.png', '.pdf', '.svg', '.jpg'): parser.error(f'argument --out: {args.out.name} does not end in .png, .pdf, .svg or .jpg')
+    if args.out.suffix.lower() not in ('.png', '.pdf', '.svg', '.jpg'):
+        parser.error(f'argument --out: {args.out.name} does not end in .png, .pdf, .svg or .jpg')
     warnings.filterwarnings('ignore', r'.*torch\.jit', FutureWarning)  # fastai's imports, with a recent PyTorch
     import fastai_bs_finder.finder
     learn = digits_learner(args.bs, args.seed)

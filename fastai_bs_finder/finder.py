@@ -32,9 +32,9 @@ from .suggest import critical, fastest, quickest
 from .words import bs_summary, noise_scale_so_far, say
 import fastai_bs_finder.plot
 
-# %% ../nbs/50_finder.ipynb #19f87eba
+# %% ../nbs/50_finder.ipynb #71ede3bf
 class BSFinder(MockCallback):
-    "Measures the gradient noise scale during training: `n_batch` batches at fixed weights, one step with their mean gradient, `n_train` ordinary steps, and again"
+    "Measures the noise scale during training: `n_batch` batches at fixed weights, one step with their mean gradient, `n_train` ordinary steps, and again"
     order,biased = TrainEvalCallback.order-1,False
     def __init__(self,
         num_it:int, # Number of batches to spend in all
@@ -48,7 +48,8 @@ class BSFinder(MockCallback):
         check_whole('n_train', n_train, 0)
         check_whole('num_it', num_it, 1)
         if num_it < n_batch:
-            raise ValueError(f"num_it={num_it} is less than one measurement of n_batch={n_batch} batches: raise num_it to {n_batch} or more (30 measurements are "
+            raise ValueError(f"num_it={num_it} is less than one measurement of n_batch={n_batch} batches: raise num_it to {n_batch} or "
+                             "more (30 measurements are "
                              f"{30*(n_batch + n_train)}), or lower n_batch")
         if not isinstance(beta, Real): raise ValueError(f"beta={beta!r} is not a number in [0, 1)")
         NoiseAverage(beta)
@@ -98,7 +99,7 @@ def begin(self:BSFinder):
 def _clear_grads(self:BSFinder):
     for p in self.meter.params: p.grad = None
 
-# %% ../nbs/50_finder.ipynb #4cf94250
+# %% ../nbs/50_finder.ipynb #a7128b50
 @patch
 def stop_for(self:BSFinder, rank, said):
     after,why = said
@@ -107,7 +108,8 @@ def stop_for(self:BSFinder, rank, said):
 @patch
 def _check_loss(self:BSFinder, loss=None):
     "Stop where `loss`, that of this batch by default, is not finite"
-    if not torch.isfinite(self.learn.loss.detach() if loss is None else loss).all(): self.stop((self.spent + 1, 'loss' if self.spent and self.steps else 'first loss'))
+    if torch.isfinite(self.learn.loss.detach() if loss is None else loss).all(): return
+    self.stop((self.spent + 1, 'loss' if self.spent and self.steps else 'first loss'))
 
 @patch
 def _fail(self:BSFinder, message):
@@ -156,13 +158,14 @@ def stand_still(self:BSFinder):
     "A batch is measured, and others of the same measurement follow"
     self._skip_step()
 
-# %% ../nbs/50_finder.ipynb #99a9ba57
+# %% ../nbs/50_finder.ipynb #d4915917
 @patch
 def _complete(self:BSFinder, bs, loss_scale):
     self._check_loss(self._loss_sum)
     all_took_part,(loss_sum,all_bs) = self.add_up(self.meter.sums, self.meter.params, float(self._loss_sum), float(self.bs))
     self._loss_sum,self._left_to_train = 0.,self.n_train
-    if not all_took_part: return set_gradients(self.meter.params, self.meter.sums.pop_mean(loss_scale))  # somebody else's epoch was too short
+    if not all_took_part:
+        return set_gradients(self.meter.params, self.meter.sums.pop_mean(loss_scale))  # somebody else's epoch was too short
     loss = loss_sum/self.meter.sums.samples
     finite,mean = self.meter.end(),self.meter.sums.pop_mean(loss_scale)
     if not finite: self._leave_out('not finite')
@@ -255,7 +258,7 @@ def profile_learner(
         if result.profile.trouble: return result.changed(trouble='')  # two sizes or more are known
     return result.changed(cut_short=bool(best and best > max(result.profile.step_time)))
 
-# %% ../nbs/50_finder.ipynb #b2ffb42a
+# %% ../nbs/50_finder.ipynb #01f3c71f
 def _measure(learn, cb, lr, n_epoch_it, share, least, processes):
     "Run the mock training, and put together what it found"
     with mock_training(learn):
@@ -285,11 +288,11 @@ def bs_find(self:Learner,
     n_train:int|None=None, # Number of ordinary training steps between measurements; `None`: as many as `n_batch`
     show_plot:bool=True, # Draw the picture?
     suggest_funcs:Callable|tuple=(critical, fastest), # Function or functions from `learn.recorder.bs_result`, whose columns they may index, to a batch size
-    profile:bool|float=True, # Time training steps at a few batch sizes, and see what fits in memory? A number is the share of the measurements' time to spend on it, at most; `True`: 0.2, or half a second
+    profile:bool|float=True, # Time steps at a few batch sizes, and see what fits in memory? A number: the share of the time; `True`: 0.2, or half a second
     *,
     finder:type=BSFinder, # The callback that measures
 ) -> tuple: # `SuggestedBS`, a named tuple of batch sizes with the names of `suggest_funcs`; `None` in it where nothing can be said
-    "Launch a mock training to find a good batch size; see `learn.recorder.bs_result`, `bs_table`, `bs_stats`, `bs_layers` and `plot_bs_find`. Raises `ValueError` on bad input, before anything is touched"
+    "Launch a mock training to find a good batch size; `learn.recorder.bs_result` has all of it. Raises `ValueError` on bad input, before anything is touched"
     with together(self) as processes:
         lr,funcs = check_lr(lr),tuplify(suggest_funcs)
         names,share = suggestion_names(funcs),check_profile(profile)

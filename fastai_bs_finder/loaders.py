@@ -182,13 +182,14 @@ def _(dl:DataLoader):
     plain = cls.get_idxs in _whole_epoch and cls.shuffle_fn is DataLoader.shuffle_fn and not {'get_idxs', 'shuffle_fn'} & set(vars(dl))
     if plain and dl.shuffle and dl.bs and dl.n: dl.get_idxs = partial(_few, dl)  # worker processes may have to pickle it
 
-# %% ../nbs/13_loaders.ipynb #6b596816
+# %% ../nbs/13_loaders.ipynb #7e83b7fa
 def check_empty(
     dl, # A data loader
 ):
     "Raise `ValueError` where it has no batch"
     if len_or_none(dl) == 0:
-        raise ValueError(f"The training loader is empty: {len(getattr(dl, 'dataset', []))} examples make no batch of bs={getattr(dl, 'bs', None)} "
+        raise ValueError(f"The training loader is empty: {len(getattr(dl, 'dataset', []))} examples make no batch of "
+                         f"bs={getattr(dl, 'bs', None)} "
                          f"with drop_last={getattr(dl, 'drop_last', None)}. Lower bs, or set drop_last=False")
 
 def check_length(
@@ -198,7 +199,8 @@ def check_length(
     "Raise `ValueError` where an epoch is wanted, and nobody knows how long it is"
     n = len_or_none(dl)
     if n is None and num_it is None:
-        raise ValueError("num_it=None stands for one epoch, but the training loader has no length: give num_it, the number of batches to spend")
+        raise ValueError("num_it=None stands for one epoch, but the training loader has no length: give num_it, the number of batches to "
+                         "spend")
     check_empty(dl)
     return n
 
@@ -210,15 +212,19 @@ def check_epoch(
 ):
     "Raise `ValueError` where an epoch is too short for a measurement, which stays within one"
     if n_it is None or n_batch <= n_it: return
-    if not n_it: raise ValueError(f"An epoch of a process is less than a batch of bs={bs}, and drop_last leaves that out: lower bs, or set drop_last=False")
+    if not n_it:
+        raise ValueError(f"An epoch of a process is less than a batch of bs={bs}, and drop_last leaves that out: lower bs, or set "
+                         "drop_last=False")
     ways,smaller = [f"lower n_batch to {n_it} or less"]*(n_it >= least),bs and bs*n_it//(3*n_batch)
     ways.append("measure with smaller batches" + (f", bs={smaller} for example" if smaller and smaller > 1 else ''))
-    raise ValueError(f"n_batch={n_batch} is more than the {n_it} batch{'es' if n_it > 1 else ''} of an epoch, and a measurement stays within one: {', or '.join(ways)}")
+    raise ValueError(f"n_batch={n_batch} is more than the {n_it} batch{'es' if n_it > 1 else ''} of an epoch, and a measurement stays "
+                     f"within one: {', or '.join(ways)}")
 
 def check_settable(
     dl, # A data loader
 ):
     "Raise `ValueError` where its batch size cannot be set"
     if batch_size(dl) is None:
-        raise ValueError(f"This {type(dl).__name__} has no batch size to set: its batches come ready-made, from its data set, its batch_sampler "
+        raise ValueError(f"This {type(dl).__name__} has no batch size to set: its batches come ready-made, from its data set, its "
+                         "batch_sampler "
                          "or a loader of your own. Make it anew with the batch size that you want")

@@ -196,7 +196,9 @@ def _estimate(learn, probe, bs, seconds=math.inf):
             size,n = probe.measure(learn, b)
             if n == math.inf: break
             if size != b or not n: return
-        if not probe.points and b <= 2: raise torch.OutOfMemoryError(f"A training step does not fit into memory, not even with a batch of {b}: free memory, or train a smaller model")
+        if not probe.points and b <= 2:
+            raise torch.OutOfMemoryError(f"A training step does not fit into memory, not even with a batch of {b}: free memory, or train "
+                                         "a smaller model")
         bs = max(bs//4, 1)
     best = max(probe.points)
     while best < most and probe.failed == math.inf and probe.memory.per_example*best < probe.available/1000:
@@ -235,7 +237,7 @@ def max_bs(self:Learner,
     margin:float=.9, # Part of the available memory to use, in (0, 1]
     check:bool|None=None, # Run steps up to the answer, to see that they fit? `None`: on a GPU
 ) -> int: # Batch size, at most the size of the training set
-    "The largest batch size whose training step fits in memory, of all processes together. Raises `ValueError` on bad input, `torch.OutOfMemoryError` where no batch fits"
+    "The largest batch size that fits in memory, of all processes together. Raises `ValueError` on bad input, `torch.OutOfMemoryError` where none fits"
     with together(self) as processes:
         if not isinstance(margin, Real) or isinstance(margin, bool) or not 0 < margin <= 1:
             raise ValueError(f"margin={margin!r} is not a number in (0, 1]: give the part of the available memory to use, 0.9 for example")
@@ -246,11 +248,14 @@ def max_bs(self:Learner,
             probe = _step_bytes(self)
             mem = _estimate(self, probe, None)
             if mem is None:
-                raise ValueError(f"The training loader, a {type(self.dls.train).__name__}, does not make batches of another size when its batch size is set, or they cannot be counted: "
+                raise ValueError(f"The training loader, a {type(self.dls.train).__name__}, does not make batches of another size when its "
+                                 "batch size is set, or they cannot be counted: "
                                  "use a fastai or PyTorch loader that makes the batches itself, with a batch size and no batch_sampler of your own")
             if check is None: check = _device(self).type == 'cuda'
             res = _climb(self, probe, margin, most) if check else min(mem.max_bs(margin), most)
-        if res < 1: raise torch.OutOfMemoryError(f"Not even one example fits: {mem}, of which margin={margin} is to be used. Free memory, raise margin, or train a smaller model")
+        if res < 1:
+            raise torch.OutOfMemoryError(f"Not even one example fits: {mem}, of which margin={margin} is to be used. Free memory, raise "
+                                         "margin, or train a smaller model")
         res = int(min(processes.agree(res)*processes.size, processes.agree(processes.examples(most))))
     if hasattr(self, 'recorder'): self.recorder.bs_fits = processes.each(res)  # in each: the next training may have fewer
     return res

@@ -91,7 +91,8 @@ class GradSums:
         if bs < 1: raise ValueError(f"bs={bs}: a batch has 1 example or more")
         if self.totals is None: self.totals = [None]*len(grads)
         if len(grads) != len(self.totals):
-            raise ValueError(f"{len(grads)} gradients, but the batches before had {len(self.totals)}: give one per parameter, `None` where there is none")
+            raise ValueError(f"{len(grads)} gradients, but the batches before had {len(self.totals)}: give one per parameter, `None` "
+                             "where there is none")
         grads = [g if g is None else g.detach() for g in grads]
         idxs = [i for i,g in enumerate(grads) if g is not None]
         if idxs:
@@ -188,7 +189,8 @@ class NoiseAverage:
     def __init__(self,
         beta:float=.9, # EMA factor over measurements in [0, 1); 0 keeps the last measurement only
     ):
-        if not isinstance(beta, Real) or not 0 <= beta < 1: raise ValueError(f"beta={beta!r} is not in [0, 1): 0 keeps the last measurement only, 0.9 averages over about the last ten")
+        if not isinstance(beta, Real) or not 0 <= beta < 1:
+            raise ValueError(f"beta={beta!r} is not in [0, 1): 0 keeps the last measurement only, 0.9 averages over about the last ten")
         self.beta,self.measured = beta,[]
         self._w,self._w2,self._mean,self._cov = 0.,0.,np.zeros(2),np.zeros((2, 2))  # sums of weights, of their squares, and of what they weight
 

@@ -30,7 +30,7 @@ def show_once(
     if 'inline' in plt.get_backend(): fig._ipython_display_ = show
     return fig
 
-# %% ../nbs/33_plot.ipynb #9299099a
+# %% ../nbs/33_plot.ipynb #57a6511e
 _colors = plt.rcParamsDefault['axes.prop_cycle'].by_key()['color'][1:]
 
 def _suggested(result):
@@ -58,21 +58,23 @@ def plot_noise(
     off = stats.batch[x.raw_noise.notna() & ~(raw <= top)]
     ax.plot(off, np.full(len(off), top), '^', c='C0', ms=5, mew=0, alpha=.35, clip_on=False)
     for color,(name,val) in zip(_colors, suggested.items()): ax.axhline(val, c=color, ls='--', lw=1.2, label=f'{name}: {val}')
-    if 'bs' in stats and stats.bs.nunique() > 1: ax.step(stats.batch, stats.bs, where='post', c='grey', ls=':', lw=1.5, label=f'in use: {stats.bs.iloc[0]} to {bs}')
-    else: ax.axhline(bs, c='grey', ls=':', lw=1.5, label=f'in use: {bs}')
+    dotted = dict(c='grey', ls=':', lw=1.5)
+    if 'bs' in stats and stats.bs.nunique() > 1: ax.step(stats.batch, stats.bs, where='post', label=f'in use: {stats.bs.iloc[0]} to {bs}', **dotted)
+    else: ax.axhline(bs, label=f'in use: {bs}', **dotted)
     ax.set_yscale('log', base=2)
     ax.yaxis.set_major_formatter('{x:.0f}')
     ax.set(xlabel='Batches seen', ylabel='Noise scale (examples)', ylim=(bottom, top))
     ax.legend(loc='best', fontsize='small')
 
-# %% ../nbs/33_plot.ipynb #e5d41b4e
+# %% ../nbs/33_plot.ipynb #e9679dfa
 def plot_gain(
     result:BSResult, # The result of `bs_find`
     ax:plt.Axes, # Axes to draw on
 ):
     "Draw time and examples against the batch size"
     table,bs,max_bs = result.table,result.bs_in_use,result.profile.max_bs
-    if table is None: return ax.text(.5, .5, 'no prediction: the noise scale\nis not known well enough', ha='center', va='center', transform=ax.transAxes)
+    if table is None:
+        return ax.text(.5, .5, 'no prediction: the noise scale\nis not known well enough', ha='center', va='center', transform=ax.transAxes)
     for q,color,ls in ('time' if table.time.notna().any() else 'steps', 'C0', '-'), ('examples', 'C7', '-.'):
         ax.plot(table.index, table[q], c=color, ls=ls, label=q)
         ax.fill_between(table.index, table[f'{q}_lo'], table[f'{q}_hi'], color=color, alpha=.2, lw=0)
@@ -88,7 +90,7 @@ def plot_gain(
     ax.set(xlabel='Batch size', ylabel=f'To the same loss, relative to bs={bs}')
     ax.legend(loc='best', fontsize='small')
 
-# %% ../nbs/33_plot.ipynb #dca22de3
+# %% ../nbs/33_plot.ipynb #567777cd
 _panels = dict(noise=plot_noise, gain=plot_gain)
 
 def _figure_size(n): return 6.4*n**.8,4.2
@@ -96,7 +98,7 @@ def _figure_size(n): return 6.4*n**.8,4.2
 @patch
 def plot_bs_find(self:Recorder,
     ax:plt.Axes|None=None, # Axes to draw one panel on; `None`: a new figure
-    panel:str|None=None, # 'noise', the noise scale during the mock training, or 'gain', what each batch size gains and costs; `None`: both on a new figure, 'noise' on given axes
+    panel:str|None=None, # 'noise', the noise scale as it went, or 'gain', what each size gains and costs; `None`: both, or 'noise' on given axes
 ) -> plt.Figure: # The figure
     "Plot the result of `learn.bs_find()`. Raises `ValueError` before the first one, and on an unknown panel"
     result = self.bs_result
@@ -161,7 +163,7 @@ def plot_bs_layers(self:Recorder,
     ax.legend(loc='best', fontsize='small')
     return fig
 
-# %% ../nbs/33_plot.ipynb #3803e0cd
+# %% ../nbs/33_plot.ipynb #f86407ee
 def _plot_prediction(ax, q, top, found):
     "What `bs_find` said, through the measured value at the batch size that it was asked at"
     if found is None or found.mean_noise_scale is None or q == 'seconds' and found.step_time is None: return
@@ -180,7 +182,8 @@ def _plot_to_target(result, found, axs):
         ax.plot(top.index, top[q], 'o-', c='C0', ms=4, label='the best')
         if fit and q != 'seconds':
             bs = np.geomspace(top.index[0], top.index[-1], 50)
-            ax.plot(bs, fit['s_min']*(1 + fit['critical']/bs)*(bs if q == 'examples' else 1), c='k', ls=':', lw=1.2, label=f"fit, critical: {fit['critical']:.3g}")
+            fitted = fit['s_min']*(1 + fit['critical']/bs)*(bs if q == 'examples' else 1)
+            ax.plot(bs, fitted, c='k', ls=':', lw=1.2, label=f"fit, critical: {fit['critical']:.3g}")
         _plot_prediction(ax, q, top, found)
         ax.set_yscale('log')
         ax.set(xlabel='Batch size', ylabel=q.capitalize(), title=f"{q.capitalize()} to {result.watched} {result.target:g}")
@@ -194,10 +197,10 @@ def _plot_in_budget(result, axs):
         ax.plot(top.index, y(top), 'o-', c='C0', ms=4, label='the best')
         ax.set(xlabel='Batch size', ylabel=label.capitalize())
 
-# %% ../nbs/33_plot.ipynb #b9f18b12
+# %% ../nbs/33_plot.ipynb #7201caee
 @patch
 def plot_bs_sweep(self:Recorder) -> plt.Figure: # The figure
-    "Plot the result of `learn.bs_sweep()`: steps, examples and seconds to the target, or what the budget was good for. Raises `ValueError` before the first one"
+    "Plot the result of `learn.bs_sweep()`: what it took to the target, or what the budget was good for. Raises `ValueError` before the first one"
     result = self.bs_sweep_result
     if result is None: raise ValueError("There is no sweep to plot yet: run learn.bs_sweep() first")
     to_target = result.target is not None and bool(result.stats.reached.any())

@@ -41,22 +41,24 @@ def noiseless_mean(
     w = 1/(1 + x/bs)
     return float((1 - w).sum()*bs/w.sum()) if w.any() else math.inf
 
-# %% ../nbs/11_predict.ipynb #bd9569cd
+# %% ../nbs/11_predict.ipynb #102846e4
 exponents = dict(sgd=1., adam=.5)
 
 def scale_lr(
     lr:float|slice|list, # Learning rate that works at batch size `bs`, as `fit` takes it
     bs:float, # Batch size it works at
     new_bs:float, # The new batch size
-    noise_scale:float|None=None, # The noise scale in examples; `None`: far above both batch sizes, which is the linear rule for SGD and the square-root rule for Adam
+    noise_scale:float|None=None, # In examples; `None`: far above both sizes, the linear rule for SGD and the square-root rule for Adam
     opt:str='adam', # 'sgd', or 'adam' for every optimizer that divides by the root of a second moment
 ) -> float|slice|list: # The learning rate for `new_bs`, of the same kind as `lr`
-    "Scale a learning rate to another batch size (McCandlish et al. 2018, section 2.2). Raises `ValueError` on an unknown optimizer or values that are not positive"
+    "Scale a learning rate to another batch size (McCandlish et al. 2018, section 2.2). Raises `ValueError` on bad input"
     if opt not in exponents:
-        raise ValueError(f"opt={opt!r} is not one of {', '.join(map(repr, exponents))}: 'adam' stands for all that divide by the root of a second moment")
+        raise ValueError(f"opt={opt!r} is not one of {', '.join(map(repr, exponents))}: 'adam' stands for all that divide by the root of "
+                         "a second moment")
     for name,x in dict(bs=bs, new_bs=new_bs, noise_scale=noise_scale).items():
         if x is None: continue
-        if not isinstance(x, Real) or not (x > 0 or x == 0 and name == 'noise_scale'): raise ValueError(f"{name}={x!r} is not a number above 0")
+        if not isinstance(x, Real) or not (x > 0 or x == 0 and name == 'noise_scale'):
+            raise ValueError(f"{name}={x!r} is not a number above 0")
     factor = (1/rel_steps(new_bs, bs, math.inf if noise_scale is None else noise_scale))**exponents[opt]
     def scaled(x): return x if x is None else x*factor
     if isinstance(lr, slice): return slice(scaled(lr.start), scaled(lr.stop), lr.step)
@@ -66,7 +68,7 @@ def scale_lr(
 def fit_steps(
     bs:Iterable, # Batch sizes
     steps:Iterable, # Steps to the same loss at each
-) -> dict|None: # `s_min`, the steps that no batch size can do without; `critical`, the measured critical batch size; `error`, the typical factor between the fit and the measured steps. `None` with fewer than 3 sizes
+) -> dict|None: # `s_min`, steps at infinite batch size; `critical` batch size; `error`, the typical factor of the fit. `None` with fewer than 3 sizes
     "Fit steps = s_min·(1 + critical/bs)"
     bs,steps = (np.array(list(x), float) for x in (bs, steps))
     if len(bs) < 3: return

@@ -165,7 +165,7 @@ class Processes:
         "Add up the running sums of all processes"
         return list(values)
 
-# %% ../nbs/23_processes.ipynb #0cb2d165
+# %% ../nbs/23_processes.ipynb #f061b792
 class ProcessError(RuntimeError):
     "Another process failed, or is gone"
     said = None  # of 'trouble', what the other one said
@@ -182,7 +182,8 @@ _events = '', 'epoch', 'fit', 'stop', 'trouble', 'error'  # by seriousness
 def _send(f, *args):
     try: f(*args)
     except RuntimeError as e:
-        raise ProcessError(f"Rank {dist.get_rank()} lost contact with the other processes: one of them was killed, or ended, or did not answer in time; "
+        raise ProcessError(f"Rank {dist.get_rank()} lost contact with the other processes: one of them was killed, or ended, or did not "
+                           "answer in time; "
                            f"its own output, or the system's log, says why. PyTorch says: {e}") from e
 
 class SeveralProcesses(Processes):
@@ -219,7 +220,8 @@ class SeveralProcesses(Processes):
     def same(self, what, **kwargs):
         self.barrier()
         if len(set(self.gather(crc32(repr(kwargs).encode())))) == 1: return
-        raise ValueError(f"The processes call {what} with different arguments, rank {self.rank} with {', '.join(f'{k}={v!r}' for k,v in kwargs.items())}: "
+        raise ValueError(f"The processes call {what} with different arguments, rank {self.rank} with "
+                         f"{', '.join(f'{k}={v!r}' for k,v in kwargs.items())}: "
                          "give all of them the same")
 
     def sum(self, x):
@@ -308,7 +310,8 @@ def together(
 ) -> Iterator[Processes]: # The processes that do it together
     "What fails in one process fails in all. Raises `ValueError` where there are several that are not connected yet"
     if num_distrib() > 1 and not dist.is_initialized():
-        raise ValueError(f"WORLD_SIZE says that there are {num_distrib()} processes, but they are not connected yet: do this inside of learn.distrib_ctx()")
+        raise ValueError(f"WORLD_SIZE says that there are {num_distrib()} processes, but they are not connected yet: do this inside of "
+                         "learn.distrib_ctx()")
     unwrap(learn)
     processes = processes_of(learn)
     if processes.size == 1:

@@ -21,7 +21,7 @@ from fastai.learner import Recorder
 from .noise import Noise, NoiseAverage
 from .predict import StepTime, compare, noiseless_mean, sizes_between
 
-# %% ../nbs/21_result.ipynb #7f875760
+# %% ../nbs/21_result.ipynb #f96bd5cf
 def _plain(x):
     "`x` in what JSON knows"
     if is_dataclass(x): return {k: _plain(v) for k,v in vars(x).items()}
@@ -63,7 +63,9 @@ class Result:
         "Read what `to_csv` wrote; raises `ValueError` where it is something else"
         first,_,rows = Path(file).read_text().partition('\n')
         try: head = _from_plain(json.loads(first.removeprefix('# ')))
-        except json.JSONDecodeError: raise ValueError(f"{file} does not begin with a line of what belongs to a {cls.__name__}: give a file that its to_csv wrote") from None
+        except json.JSONDecodeError:
+            raise ValueError(f"{file} does not begin with a line of what belongs to a {cls.__name__}: give a file that its to_csv "
+                             "wrote") from None
         exact = {c: lambda v: _from_plain(json.loads(v)) for c in head.pop('json')} | {c: lambda v: float(v or math.nan) for c in head.pop('floats')}
         stats = pd.read_csv(io.StringIO(rows), converters=exact)
         return cls(stats, **{k: cls._parts[k](**v) if k in cls._parts else v for k,v in head.items()})
@@ -112,13 +114,13 @@ def noise_in_use(
     known = set(opt) <= set(stats) and stats.opt_noise.notna().any()
     return stats[opt].set_axis(noise_columns, axis=1) if known else stats[[c for c in noise_columns if c in stats]]
 
-# %% ../nbs/21_result.ipynb #5681e109
+# %% ../nbs/21_result.ipynb #0c1e1526
 _trusted = 4
 
 def mean_noise_scale(
     stats:pd.DataFrame, # Measurements of a mock training: `learn.recorder.bs_stats`
     bs:int, # The batch size that they were taken at
-) -> tuple|None: # Noise scale, lower and upper end of its interval, in examples; the upper end is infinite where that of the last measurement is. `None` where nothing can be said
+) -> tuple|None: # Noise scale and the ends of its interval; the upper one is infinite where that of the last measurement is. `None`: not known
     "The noise scale averaged over the mock training, with the interval that those of the measurements imply"
     x = noise_in_use(stats)
     x = x[(x.noise > 0) & ((x.scale > 0) | (x.hi == math.inf))]
@@ -261,7 +263,7 @@ def layer_table(
     params:list, # Its parameters, in the order in which they were measured
     measured:np.ndarray, # Noise and scale of each parameter: measurements × 2 × parameters
     beta:float=.9, # EMA factor over measurements, in [0, 1)
-) -> pd.DataFrame: # Indexed by the modules' names: layer (its class), params (how many), noise, scale, noise_scale, lo, hi; modules without a gradient are left out
+) -> pd.DataFrame: # By name: layer (its class), params (how many), noise, scale, noise_scale, lo, hi; without modules that have no gradient
     "Noise and scale of each module with parameters of its own, averaged over measurements"
     position,rows = {id(p):i for i,p in enumerate(params)},{}
     for name,module in model.named_modules():

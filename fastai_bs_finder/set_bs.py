@@ -27,13 +27,14 @@ def known_fits(
     fits = getattr(getattr(learn, 'recorder', None), 'bs_fits', None)
     return fits and fits*processes_of(learn).size
 
-# %% ../nbs/42_set_bs.ipynb #ef2b90f9
+# %% ../nbs/42_set_bs.ipynb #2a1927e9
 def _chosen(bs):
     "The batch size that is meant"
     if isinstance(bs, BSResult): bs = bs.suggested
     elif not hasattr(bs, '_fields'): return bs
     advised = advised_bs(bs)
-    if advised is None: raise ValueError(f"There is no batch size in {bs}: bs_find could not tell one, and said why. Do what it asked for, or set a number")
+    if advised is None:
+        raise ValueError(f"There is no batch size in {bs}: bs_find could not tell one, and said why. Do what it asked for, or set a number")
     return advised
 
 def _what_was_done(learn, processes, bs, micro, before):
@@ -48,10 +49,10 @@ _follows = WeakKeyDictionary()  # which loaders of a `DataLoaders` go along with
 
 @patch
 def set_bs(self:Learner,
-    bs:int|tuple|BSResult, # Number of examples per optimizer step from now on, of all processes together, or what `bs_find` returned, of which the advice is set: `fastest`, else `critical`, else the first
+    bs:int|tuple|BSResult, # Examples per optimizer step, of all processes; or what `bs_find` returned: `fastest`, else `critical`, else the first
     fits:int|None=None, # Number of examples that fit in memory, of all processes together; `None`: what `max_bs` or `bs_find` found, if they were asked before
 ) -> Learner: # The learner
-    "Train with batches of `bs` from now on, by gradient accumulation where they do not fit; undone by `set_bs` with the old size. Raises `ValueError` on bad input, before anything is touched"
+    "Train with batches of `bs` from now on, accumulated where they do not fit; `set_bs` with the old size undoes it. Raises `ValueError` on bad input"
     bs = _chosen(bs)
     check_whole('bs', bs, 1)
     unwrap(self)
@@ -61,7 +62,8 @@ def set_bs(self:Learner,
     micro = micro_bs(own, fits and max(fits//processes.size, 1))
     if n is not None and bs > n: raise ValueError(f"bs={bs} is more than the {n:,} examples of the training set: give {n} or less")
     if foreign := [o for o in self.cbs if isinstance(o, GradientAccumulation) and not isinstance(o, AccumulateGrads)]:
-        raise ValueError(f"The learner accumulates gradients already, with {foreign[0]!r}: take it off first, learn.remove_cb({type(foreign[0]).__name__}); set_bs accumulates itself where it has to")
+        raise ValueError(f"The learner accumulates gradients already, with {foreign[0]!r}: take it off first, "
+                         f"learn.remove_cb({type(foreign[0]).__name__}); set_bs accumulates itself where it has to")
     for o in self.cbs:
         if isinstance(o, TidyCallback): o.tidy()  # a training may have broken off
     old = batch_size(self.dls.train)

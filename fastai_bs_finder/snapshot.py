@@ -31,7 +31,9 @@ from .interrupt import CtrlC
 # %% ../nbs/22_snapshot.ipynb #b3bebc3e
 _rngs = random.Random, np.random.Generator, np.random.RandomState
 
-def _is_rng(o): return isinstance(o, _rngs) or type(o) is torch.Generator  # whose own `isinstance` is slow
+def _is_rng(o):
+    if isinstance(o, _rngs): return not isinstance(o, random.SystemRandom)  # which has no state
+    return type(o) is torch.Generator  # whose own `isinstance` is slow
 
 _calls = FunctionType, BuiltinMethodType, MethodType, partial
 _own = nn.Module, _BaseOptimizer, torch.optim.Optimizer, Callback  # to be restored even when they hold a lock or a thread
@@ -57,7 +59,8 @@ def _autocast_nesting(n=None):
 
 def global_state():
     "`(setter, state)` of every global random generator, and of autocast, which an exception in the forward pass leaves switched on"
-    res = [(random.setstate, random.getstate()), (np.random.set_state, np.random.get_state()), (torch.set_rng_state, torch.get_rng_state()), (_autocast_nesting, _autocast_nesting())]
+    res = [(random.setstate, random.getstate()), (np.random.set_state, np.random.get_state()), (torch.set_rng_state, torch.get_rng_state()),
+           (_autocast_nesting, _autocast_nesting())]
     if torch.cuda.is_available(): res.append((torch.cuda.set_rng_state_all, torch.cuda.get_rng_state_all()))
     if torch.backends.mps.is_available(): res.append((torch.mps.set_rng_state, torch.mps.get_rng_state()))
     for device in ('cpu', 'cuda'):
@@ -282,7 +285,8 @@ def training_tensors(
 ) -> list: # Parameters, and the optimizer's own tensors
     "What only a step changes"
     opt = getattr(learn.opt, 'opt', learn.opt)
-    return [*(p for p,*_ in learn.opt.all_params()), *learn.model.parameters(), *(t for s in opt.state.values() for t in s.values() if isinstance(t, torch.Tensor))]
+    kept = [t for s in opt.state.values() for t in s.values() if isinstance(t, torch.Tensor)]
+    return [*(p for p,*_ in learn.opt.all_params()), *learn.model.parameters(), *kept]
 
 # %% ../nbs/22_snapshot.ipynb #6bed73a4
 @contextmanager

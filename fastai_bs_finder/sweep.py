@@ -70,7 +70,9 @@ class _SweepRun(Callback):
         self._stop_clock()
         first,*others = self.watch.dls(self.learn)
         self._look(*first)
-        if self.now is None: raise ValueError(f"There is no {self.watch.monitor} to watch: the evaluation saw no batch, or the metric is not a number. Is there a callback that cancels validation?")
+        if self.now is None:
+            raise ValueError(f"There is no {self.watch.monitor} to watch: the evaluation saw no batch, or the metric is not a number. Is "
+                             "there a callback that cancels validation?")
         self.reached = self.watch.is_reached(self.now)
         self.update(max(spent, self.steps/self.most_steps), self.now)
         if self.reached or self._diverged or self.steps >= self.most_steps or spent >= 1:
@@ -217,7 +219,9 @@ class _Sweep:
             self.learn.fit(10**9, lr, cbs=[run] + [AccumulateGrads(bs)]*(micro < bs))
         values = dict.fromkeys(['loss', *_known_monitors(self.learn)], math.nan) | run.best
         self.rows = [row for row in self.rows if row['bs'] != bs or _key(row['lr']) != _key(lr)]
-        self.rows.append(dict(bs=bs, lr=lr, steps=run.steps, examples=run.examples, epochs=run.examples/self.n if self.n else math.nan, seconds=run.seconds) | values | dict(reached=run.reached))
+        epochs = run.examples/self.n if self.n else math.nan
+        row = dict(bs=bs, lr=lr, steps=run.steps, examples=run.examples, epochs=epochs, seconds=run.seconds)
+        self.rows.append(row | values | dict(reached=run.reached))
         self._done += 1
         if self.bar: self.bar.total = 100*max(self._planned, self._done + 1)
         return self.rows[-1]
@@ -287,7 +291,8 @@ class _Sweep:
         stats['monitor'],stats['target'] = watch.monitor,math.nan if watch.target is None else watch.target
         stats = stats.astype(dict(best=bool, reached=bool)).sort_values('bs', kind='stable', ignore_index=True)
         top = stats[stats.best & stats.reached]
-        return SweepResult(stats, watch.monitor, watch.target, watch.better(watch.monitor) is min, self.bs0, self.opt, self.too_large, fit_steps(top.bs, top.steps))
+        lower,fit = watch.better(watch.monitor) is min,fit_steps(top.bs, top.steps)
+        return SweepResult(stats, watch.monitor, watch.target, lower, self.bs0, self.opt, self.too_large, fit)
 
     def publish(self):
         if not self.rows: return
@@ -305,14 +310,20 @@ def _positive(name, x):
 
 def _check_budget(budget, n):
     if not isinstance(budget, dict): budget = dict(epochs=budget)
-    if not budget or not set(budget) <= set(_budgets): raise ValueError(f"budget={budget!r} is not a number of epochs, nor a dictionary of {', '.join(_budgets)}: dict(seconds=60), for example")
+    if not budget or not set(budget) <= set(_budgets):
+        raise ValueError(f"budget={budget!r} is not a number of epochs, nor a dictionary of {', '.join(_budgets)}: dict(seconds=60), for "
+                         "example")
     for k,v in budget.items(): _positive(f'budget of {k}', v)
-    if 'epochs' in budget and n is None: raise ValueError("The budget is in epochs, and the training loader does not know the number of its examples: give steps or seconds, such as budget=dict(steps=1000)")
+    if 'epochs' in budget and n is None:
+        raise ValueError("The budget is in epochs, and the training loader does not know the number of its examples: give steps or "
+                         "seconds, such as budget=dict(steps=1000)")
     return budget
 
 def _check_sizes(bss, n):
     if bss is None:
-        if n is None: raise ValueError("bss=None takes sizes around the root of the number of training examples, and the training loader does not know that: give a list of batch sizes")
+        if n is None:
+            raise ValueError("bss=None takes sizes around the root of the number of training examples, and the training loader does not "
+                             "know that: give a list of batch sizes")
         return
     if isinstance(bss, Real): bss = [bss]
     if not isinstance(bss, Iterable): raise ValueError(f"bss={bss!r} is not a list of batch sizes")
@@ -331,10 +342,12 @@ def _check_resume(resume, monitor, target):
     if missing := {*_columns, monitor, 'reached', 'monitor', 'target'} - set(resume.columns):
         raise ValueError(f"resume has no column {', '.join(sorted(missing))}: give what bs_sweep returned for monitor={monitor!r}")
     if texts := [lr for lr in resume.lr if isinstance(lr, str)]:
-        raise ValueError(f"resume has the learning rate {texts[0]!r} as text: read it with SweepResult.from_csv, from a file that learn.recorder.bs_sweep_result.to_csv wrote")
+        raise ValueError(f"resume has the learning rate {texts[0]!r} as text: read it with SweepResult.from_csv, from a file that "
+                         "learn.recorder.bs_sweep_result.to_csv wrote")
     before = (*set(resume.monitor), *{None if math.isnan(t) else t for t in resume.target})
     if len(resume) and before != (monitor, target):
-        raise ValueError(f"resume was made with monitor={before[0]!r} and target={before[1]!r}, and this sweep has monitor={monitor!r} and target={target!r}: they do not compare")
+        raise ValueError(f"resume was made with monitor={before[0]!r} and target={before[1]!r}, and this sweep has monitor={monitor!r} "
+                         f"and target={target!r}: they do not compare")
     return [{k: v for k,v in row.items() if k not in ('best', 'monitor', 'target')} for row in resume.to_dict('records')]
 
 _eval_bs = 256
@@ -357,31 +370,37 @@ def _fixed_batches(learn, n):
 
 @patch
 def bs_sweep(self:Learner,
-    bss:Iterable|None=None, # Batch sizes to train at; `None`: the one in use and powers of two around the root of the number of training examples, then those beside the best
+    bss:Iterable|None=None, # Batch sizes to train at; `None`: the one in use, powers of two around the root of the data set's size, those beside the best
     target:float|None=None, # Value of `monitor` to reach; `None`: train to the end of the budget, and compare what is reached
     budget:float|dict=10, # Number of epochs after which a training ends in any case, or a dictionary of epochs, steps or seconds, such as `dict(seconds=60)`
-    lrs:Iterable|None=None, # Learning rates to try at every batch size, each as in `fit`; `None`: by factors of 2, then √2, around the rule of `scale_lr`, until the best is inside
+    lrs:Iterable|None=None, # Learning rates to try at each, as in `fit`; `None`: by factors of 2, then √2, around `scale_lr`'s, until the best is inside
     lr:float|slice|list|None=None, # Learning rate for the batch size in use, from which `lrs=None` starts; `None`: the learner's
     monitor:str='loss', # What is to reach the target: 'loss', that of training, 'valid_loss' or the name of a metric
     comp:Callable|None=None, # `np.less` or `np.greater`: which value of `monitor` is the better; `None`: by its name, lower for losses and errors
     n_eval:int=2000, # Number of training examples on which the training loss is computed, the same throughout; rounded up to a multiple of 256
     resume:pd.DataFrame|SweepResult|None=None, # What an interrupted sweep returned: what is in it is not trained again
     show_plot:bool=True, # Draw the picture?
-) -> pd.DataFrame: # A row per training: bs, lr, steps, examples, epochs, seconds (of training alone), the best loss, valid_loss and value of each metric, `reached`, monitor, target, and `best`: is it the best learning rate of its batch size?
-    "Train at several batch sizes from the same weights, and compare; the learner is left as it was. Ctrl-C ends it early with what is finished. Raises `ValueError` on bad input, before anything is touched"
+) -> pd.DataFrame: # A row per training: what it was, what it took, the best loss and metrics, `reached`, `best` (of its batch size)
+    "Train at several batch sizes from the same weights, and compare; no footprint. Ctrl-C ends it with what is finished. Raises `ValueError` on bad input"
     check_learner(self)
-    if is_distributed(self): raise ValueError("bs_sweep trains in a single process, and this learner trains in several: call it outside of distrib_ctx")
-    if not self.recorder.valid_metrics: raise ValueError("The learner's Recorder has valid_metrics=False, and the sweep reads the losses from it: set learn.recorder.valid_metrics = True")
+    if is_distributed(self):
+        raise ValueError("bs_sweep trains in a single process, and this learner trains in several: call it outside of distrib_ctx")
+    if not self.recorder.valid_metrics:
+        raise ValueError("The learner's Recorder has valid_metrics=False, and the sweep reads the losses from it: set "
+                         "learn.recorder.valid_metrics = True")
     n = n_train_examples(self)
     bss,budget = _check_sizes(bss, n),_check_budget(budget, n)
     lrs,lr = None if lrs is None else [check_lr(v) for v in ([lrs] if isinstance(lrs, (Real, slice)) else lrs)],check_lr(self.lr if lr is None else lr)
-    if lrs is not None and (not lrs or None in lrs): raise ValueError("lrs has no learning rate, or None in it: give a list of them, or lrs=None")
-    if target is not None and (not isinstance(target, Real) or isinstance(target, bool) or not math.isfinite(target)): raise ValueError(f"target={target!r} is not a number")
+    if lrs is not None and (not lrs or None in lrs):
+        raise ValueError("lrs has no learning rate, or None in it: give a list of them, or lrs=None")
+    if target is not None and (not isinstance(target, Real) or isinstance(target, bool) or not math.isfinite(target)):
+        raise ValueError(f"target={target!r} is not a number")
     check_whole('n_eval', n_eval, 1)
     check_settable(self.dls.train)
     check_empty(self.dls.train)
     known = ['loss', *_known_monitors(self)]
-    if taken := {*_columns, 'reached', 'monitor', 'target', 'best'} & {m.name for m in self.metrics}: raise ValueError(f"There is a metric called {', '.join(sorted(taken))}, which is a column of the result: give it another name")
+    if taken := {*_columns, 'reached', 'monitor', 'target', 'best'} & {m.name for m in self.metrics}:
+        raise ValueError(f"There is a metric called {', '.join(sorted(taken))}, which is a column of the result: give it another name")
     if monitor not in known: raise ValueError(f"monitor={monitor!r} is not one of {', '.join(known)}, which this learner has")
     rows = _check_resume(resume, monitor, target)
     bar = progress.progress_bar(range(100), leave=False) if any(isinstance(o, progress.ProgressCallback) for o in self.cbs) else None

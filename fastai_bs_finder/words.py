@@ -56,7 +56,7 @@ def say(
     width = get_terminal_size().columns
     for line in text.splitlines(): print(fill(line, width, break_long_words=False, break_on_hyphens=False))
 
-# %% ../nbs/32_words.ipynb #2f3bec03
+# %% ../nbs/32_words.ipynb #14e37a77
 stops = {'loss': "the loss is not finite: lower lr",
          'first loss': "the loss is not finite, and no step was made yet: look for missing or infinite values in the data",
          'ended': "a callback, or the end of the data, ended the training"}
@@ -78,13 +78,16 @@ def _too_few(run, n):
     "Why there is no interval"
     if n >= 3: return f"beta={run.beta} keeps too few of the {n} measurements to say how sure that is: raise beta, to 0.9 for example"
     fewer = max(run.n_batch//run.processes, 1)  # the gradients of the processes are batches, too
-    return (f"{n} measurement{'s are' if n > 1 else ' is'} too few to say how sure that is: spend more batches (num_it={10*(run.n_batch + run.n_train)})"
+    return (f"{n} measurement{'s are' if n > 1 else ' is'} too few to say how sure that is: spend more batches "
+            f"(num_it={10*(run.n_batch + run.n_train)})"
             + (f", or fewer per measurement (n_batch={fewer})" if fewer < run.n_batch else ''))
 
 def _noise_scale(result):
     "The noise scale with its interval, or why it cannot be told"
     run = result.run
-    if not len(result): return f"The noise scale is not known: no measurement of {run.n_batch} batches was completed{f': {gaps[run.missing]}' if run.missing else ''}."
+    if not len(result):
+        return (f"The noise scale is not known: no measurement of {run.n_batch} batches was "
+                f"completed{f': {gaps[run.missing]}' if run.missing else ''}.")
     last,n = result.in_use.iloc[-1],result.in_use.noise.notna().sum()  # an adaptive optimizer has no metric before its first step
     where = f"measured with {as_size(run.bs, run.processes)} at lr={run.lr:.2g}"
     if not last.noise > 0: return f"The noise scale cannot be told: all batches have the same gradient, {where}."
@@ -96,12 +99,14 @@ def _noise_scale(result):
         what = f'about {as_number(last.noise_scale)} examples' if last.scale > 0 else 'not known yet'
         return f"The noise scale is {what}, {where}. {_too_few(run, n)}."
     if last.hi < math.inf:
-        return f"The noise scale is {as_number(last.noise_scale)} examples (95% interval {as_number(last.lo)} to {as_number(last.hi)}), {where}."
+        return (f"The noise scale is {as_number(last.noise_scale)} examples (95% interval {as_number(last.lo)} to {as_number(last.hi)}), "
+                f"{where}.")
     if last.lo >= 1:
-        return f"The noise scale is at least {as_number(last.lo)} examples (95% sure), {where}. Where it ends these batches cannot tell: {_more(result)}."
+        return (f"The noise scale is at least {as_number(last.lo)} examples (95% sure), {where}. Where it ends these batches cannot tell: "
+                f"{_more(result)}.")
     return f"The noise scale cannot be told yet: in these batches the gradient drowns in its noise. To learn more, {_more(result)}."
 
-# %% ../nbs/32_words.ipynb #34a43513
+# %% ../nbs/32_words.ipynb #feada35a
 def _is(result, name):
     "Is the advice what the function `name` suggests?"
     return result.suggested.get(name) == result.advised
@@ -110,15 +115,18 @@ def _in_time(result, bs, row):
     "What a batch size gains in time"
     bs0 = result.run.bs
     if _is(result, 'fastest') and (bs0/1.25 < bs < 1.25*bs0 or row['time'] > .95):
-        return f"On this machine, no batch size should be much faster than bs={bs0}" + (f": bs={bs} takes {as_ratio(row['time'])} of its time." if bs != bs0 else ".")
+        return f"On this machine, no batch size should be much faster than bs={bs0}" + (f": bs={bs} takes {as_ratio(row['time'])} of its time."
+                                                                                        if bs != bs0 else ".")
     def ends(q):
         if bs > bs0 and result.mean_noise_scale[2] == math.inf: return f" (at most {as_ratio(row[f'{q}_hi'])})"
         wide = q == 'time' and row['time_lo'] != row['time_hi'] or row[f'{q}_hi'] > 2*row[f'{q}_lo']
         return f" ({as_ratio(row[f'{q}_lo'])}-{as_ratio(row[f'{q}_hi'])})" if wide else ''
     size,time = as_size(bs, result.run.processes),f"{as_ratio(row['time'])} {'of' if row['time'] <= 1 else 'times'} the time of bs={bs0}{ends('time')}"
-    if row['time'] <= 1 < row['time_hi']: return f"{size} may reach the same loss in {time}, but the interval is too wide to rely on it: {_more(result)}."
+    if row['time'] <= 1 < row['time_hi']:
+        return f"{size} may reach the same loss in {time}, but the interval is too wide to rely on it: {_more(result)}."
     examples = f"{as_ratio(row['examples'])} times the"
-    return f"{size} should reach the same loss in {time}, seeing {examples} examples{ends('examples')}: use lr≈{as_lr(row['lr'])}, about {examples} epochs."
+    return (f"{size} should reach the same loss in {time}, seeing {examples} examples{ends('examples')}: use lr≈{as_lr(row['lr'])}, about "
+            f"{examples} epochs.")
 
 def _in_steps(result, bs):
     "What a batch size gains in steps"
@@ -126,10 +134,15 @@ def _in_steps(result, bs):
     if hi == math.inf: B = lo
     size,about = as_size(bs, result.run.processes),'at most' if hi == math.inf else 'about'
     steps,examples = as_ratio(rel_steps(bs, bs0, B)),as_ratio(rel_examples(bs, bs0, B))
-    if bs > 1.25*bs0: return f"{size} should reach the same loss in {about} {steps} of the steps of bs={bs0}, seeing {about} {examples} times the examples."
+    if bs > 1.25*bs0:
+        return (f"{size} should reach the same loss in {about} {steps} of the steps of bs={bs0}, seeing {about} {examples} times the "
+                "examples.")
     if _is(result, 'critical'):
-        if hi == math.inf: return f"Nothing speaks against bs={bs0} so far" + (f"; bs={bs} is where the interval begins." if bs != bs0 else ".")
-        if bs > bs0/1.25: return f"bs={bs0} is about right{f', and so is bs={bs}' if bs != bs0 else ''}: larger batches mostly burn compute, smaller ones mostly cost steps."
+        if hi == math.inf:
+            return f"Nothing speaks against bs={bs0} so far" + (f"; bs={bs} is where the interval begins." if bs != bs0 else ".")
+        if bs > bs0/1.25:
+            return (f"bs={bs0} is about right{f', and so is bs={bs}' if bs != bs0 else ''}: larger batches mostly burn compute, smaller "
+                    "ones mostly cost steps.")
     elif bs > bs0/1.25: return f"bs={bs} makes little difference from bs={bs0}." if bs != bs0 else f"bs={bs} is what is in use."
     return f"{size} should reach the same loss with {about} {examples} of the examples of bs={bs0}, in {about} {steps} times as many steps."
 
@@ -141,7 +154,7 @@ def _advice(result):
     if row is None: return f"What bs={bs} would gain is not known."
     return _in_steps(result, bs) if math.isnan(row['time']) else _in_time(result, bs, row)
 
-# %% ../nbs/32_words.ipynb #4459e05c
+# %% ../nbs/32_words.ipynb #6939ca58
 troubles = {'short': "the run is too short to try them, raise num_it, or profile", 'ignored': "the training loader does not take another batch size",
             'failed': "a step with bs={bs} fails ({error})"}
 _few_steps = 20
@@ -153,13 +166,15 @@ def _leaves_few_steps(result):
     k = run.n/run.bs*rel_steps(bs, run.bs, result.mean_noise_scale[0])
     if k >= _few_steps: return
     what = "a schedule and batch-norm's averages need" if run.batch_norm else 'a schedule needs'
-    return (f"That leaves about {as_number(max(k, 1))} step{'s' if k >= 1.5 else ''} of what is an epoch with bs={run.bs}, and {what} a hundred or so: "
+    return (f"That leaves about {as_number(max(k, 1))} step{'s' if k >= 1.5 else ''} of what is an epoch with bs={run.bs}, and {what} a "
+            "hundred or so: "
             "train for that long, or take a smaller batch.")
 
 def _about_times(result):
     profile = result.profile
     if profile.trouble:
-        return f"How fast other batch sizes are on this machine is not known: {troubles[profile.trouble].format(bs=profile.failed, error=profile.error)}."
+        return ("How fast other batch sizes are on this machine is not known: "
+                f"{troubles[profile.trouble].format(bs=profile.failed, error=profile.error)}.")
     if profile.cut_short: return "Larger batches may be faster still, but there was no time to try them: raise num_it, or profile."
 
 def _about_memory(result):
@@ -174,10 +189,11 @@ def _limit(result):
 
 def _small_batch_norm(result):
     run = result.run
-    if run.batch_norm and run.bs < _small_bs: return (f"With batch-norm this number belongs to bs={run.bs}: larger batches can give a larger one, "
+    if run.batch_norm and run.bs < _small_bs:
+        return (f"With batch-norm this number belongs to bs={run.bs}: larger batches can give a larger one, "
                                                       "so measure again at the batch size that you will train with.")
 
-# %% ../nbs/32_words.ipynb #643e6701
+# %% ../nbs/32_words.ipynb #91798183
 def bs_summary(
     result:BSResult, # The result of a mock training: `learn.recorder.bs_result`
 ) -> str: # Two plain sentences; more where the run ended early, where time, data or memory set limits, and where small batches meet batch-norm
@@ -187,7 +203,8 @@ def bs_summary(
     if run.biased: return ' '.join([*res, "This is a biased number, for comparison only: every batch stepped."])
     if run.stopped in ('loss', 'first loss') or not len(result): return ' '.join(res)
     if not result.in_use.hi.iloc[-1] > 0: return ' '.join([*res, *[f"Until then, bs={result.advised} is a guess."]*bool(result.advised)])
-    if run.lr == 0: return ' '.join([*res, "Nothing was trained with lr=0: this is the noise scale of the weights as they are, and no advice for a training."])
+    if run.lr == 0:
+        return ' '.join([*res, "Nothing was trained with lr=0: this is the noise scale of the weights as they are, and no advice for a training."])
     first,last = result.stats.loss.iloc[0] if math.isnan(run.first_loss) else run.first_loss,result.stats.loss.iloc[-1]
     if last - first > abs(first):
         res[-1] = f"The training loss rose from {first:.3g} to {last:.3g} at lr={run.lr:.2g}: lower lr, the noise scale belongs to a training that works."
@@ -242,7 +259,7 @@ def set_bs_summary(
     if row: res += f". bs_find's advice for it: lr≈{as_lr(row['lr'])}, about {as_ratio(row['epochs'])} times the epochs"
     return res + '.'
 
-# %% ../nbs/32_words.ipynb #776eb19c
+# %% ../nbs/32_words.ipynb #553a930c
 def noise_scale_summary(
     result:NoiseScaleResult, # The result of a training with `NoiseScale`
 ) -> str: # A sentence
@@ -254,20 +271,24 @@ def noise_scale_summary(
     x,share = result.in_use,result.seconds/max(result.train_seconds, 1e-9)
     where,last = f"{len(x)} measurement{'s' if len(x) > 1 else ''} of the noise scale, {share:.1%} of the training time",x.iloc[-1]
     known = (x.noise_scale > 0).any() and (last.noise_scale > 0 or last.hi == math.inf) and not (last.hi == math.inf and last.lo < 1)
-    if not known: return f"{where}: the gradient drowns in its noise. Take more batches per measurement, n_batch={4*result.n_batch} for example.{stopped}"
+    if not known:
+        return (f"{where}: the gradient drowns in its noise. Take more batches per measurement, n_batch={4*result.n_batch} for "
+                f"example.{stopped}")
     at_end = f"at least {as_number(last.lo)}" if last.hi == math.inf else as_number(last.noise_scale)
     if last.hi < math.inf: at_end += f" (95% interval {as_number(last.lo)} to {as_number(last.hi)})"
     return f"{where}: {at_end} examples at the end.{stopped}"
 
 NoiseScaleResult.__str__ = NoiseScaleResult.__repr__ = noise_scale_summary
 
-# %% ../nbs/32_words.ipynb #c925654b
+# %% ../nbs/32_words.ipynb #58099627
 def _target(result):
     return f"{'an' if result.watched[0] in 'aeiou' else 'a'} {result.watched} of {result.target:g}"
 
 def _fit(fit, sizes):
-    if fit['critical'] > max(sizes): return f"Even at bs={max(sizes)} a larger batch saves steps almost in proportion: the critical batch size is larger than that."
-    if fit['critical'] < min(sizes): return f"Even at bs={min(sizes)} a larger batch hardly saves steps: the critical batch size is smaller than that."
+    if fit['critical'] > max(sizes):
+        return f"Even at bs={max(sizes)} a larger batch saves steps almost in proportion: the critical batch size is larger than that."
+    if fit['critical'] < min(sizes):
+        return f"Even at bs={min(sizes)} a larger batch hardly saves steps: the critical batch size is smaller than that."
     return (f"The steps are about {as_number(fit['s_min'])}·(1 + {as_number(fit['critical'])}/bs), within {fit['error'] - 1:.0%}: "
             f"the measured critical batch size is {as_number(fit['critical'])}.")
 

@@ -477,6 +477,12 @@ def of_what_cannot_be_looked_at():
     return own(loss=loss, cbs=Holder())
 
 
+def test_what_cannot_be_looked_at_is_named():
+    with pytest.warns(UserWarning, match='cannot look into an object of .*Refuses .RuntimeError: no.: what training changes in it is not put back') as said:
+        Snapshot(of_what_cannot_be_looked_at())
+    assert len([w for w in said if 'cannot look into' in str(w.message)]) == 1
+
+
 def own(dataset=None, loss=None, cbs=None, **kwargs):
     set_seed(1)
     X,y = digits()

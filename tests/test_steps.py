@@ -1,5 +1,5 @@
 "Training steps at other batch sizes: their time by a clock that the test turns, and what remains of them"
-import math, pickle, re
+import math, pickle, re, time
 
 import numpy as np, pytest, torch
 from torch.utils import data as torch_data
@@ -51,6 +51,16 @@ def test_the_profile_measures_what_steps_take(clock):
     assert not found.trouble and found.failed is found.max_bs is None and seconds == pytest.approx({b: .01 + .001*b for b in (4, 16, 64, 256)})
     t = StepTime(seconds)
     assert (t.overhead, t.cost, t(1000), t.half_throughput) == pytest.approx((.01, .001, 1.01, 10))
+
+
+def test_one_clock_times_the_size_in_use_and_others():
+    "On a real clock: sizes that take the same are found to take the same, whether the mock training's own steps were timed or others"
+    class Sleep(Callback):
+        def after_pred(self): time.sleep(.02)
+    learn = digits_learner(cbs=Sleep)
+    quiet(learn, .1, 60, profile=5.)
+    found = learn.recorder.bs_result.profile.step_time
+    assert set(found) >= {16, 64} and found[16] == pytest.approx(found[64], rel=.1) == pytest.approx(.02, rel=.25)
 
 
 def test_a_busy_machine_does_not_make_small_batches_slower_than_large_ones(clock):
