@@ -258,7 +258,7 @@ def profile_learner(
         if result.profile.trouble: return result.changed(trouble='')  # two sizes or more are known
     return result.changed(cut_short=bool(best and best > max(result.profile.step_time)))
 
-# %% ../nbs/50_finder.ipynb #01f3c71f
+# %% ../nbs/50_finder.ipynb #09d6cbbe
 def _measure(learn, cb, lr, n_epoch_it, share, least, processes):
     "Run the mock training, and put together what it found"
     with mock_training(learn):
@@ -279,6 +279,7 @@ def _keep(learn, result):
     learn.recorder.bs_stats,learn.recorder.bs_table = result.stats,result.table
     keep_result(learn.recorder, bs_result=result)
 
+# %% ../nbs/50_finder.ipynb #b2d7796a
 @patch
 def bs_find(self:Learner,
     lr:float|slice|list|None=None, # Learning rate of the mock training, as in `fit`; `None`: the learner's

@@ -182,7 +182,7 @@ def _(dl:DataLoader):
     plain = cls.get_idxs in _whole_epoch and cls.shuffle_fn is DataLoader.shuffle_fn and not {'get_idxs', 'shuffle_fn'} & set(vars(dl))
     if plain and dl.shuffle and dl.bs and dl.n: dl.get_idxs = partial(_few, dl)  # worker processes may have to pickle it
 
-# %% ../nbs/13_loaders.ipynb #7e83b7fa
+# %% ../nbs/13_loaders.ipynb #b899e66f
 def check_empty(
     dl, # A data loader
 ):
@@ -204,6 +204,7 @@ def check_length(
     check_empty(dl)
     return n
 
+# %% ../nbs/13_loaders.ipynb #e172e965
 def check_epoch(
     n_it:int|None, # Number of batches in an epoch; `None`: not known
     n_batch:int, # Number of batches per measurement

@@ -181,6 +181,7 @@ def _step_bytes(learn):
     if n_connected() > 1: res.held = sum(p.numel()*p.element_size() for p in learn.model.parameters() if p.requires_grad)  # DistributedDataParallel's buckets
     return res
 
+# %% ../nbs/41_memory.ipynb #86058683
 def warm_up():
     "Let PyTorch import what it needs to count allocations: two seconds, once in a process"
     with _Allocations(): torch.zeros(1) + 1

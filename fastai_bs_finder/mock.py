@@ -40,7 +40,7 @@ def mock_training(
         if not learn.opt: learn.create_opt()
         with _wait_at_barriers_only(learn), learn.no_logging(): yield
 
-# %% ../nbs/30_mock.ipynb #b5fab6a4
+# %% ../nbs/30_mock.ipynb #87616078
 class MockCallback(Callback):
     "A callback of a mock training, in which nothing is validated"
     run_valid,processes = False,Processes()
@@ -72,6 +72,7 @@ class MockCallback(Callback):
         "Seconds and number of examples of a step that all processes took"
         return seconds,n
 
+# %% ../nbs/30_mock.ipynb #13919163
 def set_gradients(
     params:list, # Parameters
     grads:list, # Gradients, in their order; `None` where there is none

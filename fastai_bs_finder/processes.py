@@ -48,6 +48,7 @@ def n_local_processes(
     "How many processes share this machine?"
     return int(os.environ.get('LOCAL_WORLD_SIZE', 1)) if n_connected() > 1 else 1
 
+# %% ../nbs/23_processes.ipynb #7a7c3fe4
 @singledispatch
 def dealt_by(
     dl, # A data loader
@@ -66,6 +67,7 @@ def _know_distributed_dl():
         dl.bs = bs
         return dl
 
+# %% ../nbs/23_processes.ipynb #15fa4d9d
 def unwrap(
     learn:Learner, # The learner, outside of `fit`
 ):
@@ -165,7 +167,7 @@ class Processes:
         "Add up the running sums of all processes"
         return list(values)
 
-# %% ../nbs/23_processes.ipynb #f061b792
+# %% ../nbs/23_processes.ipynb #ac0a06b1
 class ProcessError(RuntimeError):
     "Another process failed, or is gone"
     said = None  # of 'trouble', what the other one said
@@ -186,6 +188,7 @@ def _send(f, *args):
                            "answer in time; "
                            f"its own output, or the system's log, says why. PyTorch says: {e}") from e
 
+# %% ../nbs/23_processes.ipynb #17bf1197
 class SeveralProcesses(Processes):
     "The processes that train a learner together"
     def __init__(self,
@@ -248,6 +251,7 @@ class SeveralProcesses(Processes):
 
     def add_up(self, sums, params, *values): return _add_up(self, sums, params, *values)
 
+# %% ../nbs/23_processes.ipynb #a44dd25e
 def processes_of(
     learn:Learner, # The learner
 ) -> Processes: # One, or several

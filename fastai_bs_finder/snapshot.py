@@ -123,6 +123,7 @@ def _is_new(self:Snapshot, o, data):
     self._seen[id(o)] = o,data
     return True
 
+# %% ../nbs/22_snapshot.ipynb #3d0c9389
 @patch
 def _visit_container(self:Snapshot, o, data):
     cls = next(c for c in _containers if isinstance(o, c))  # not a subclass's own methods: they may do something else
@@ -208,6 +209,7 @@ def _undo_hooks(self:Snapshot, t, name):
             now.update(hooks)
     self._undo.append(undo)
 
+# %% ../nbs/22_snapshot.ipynb #45e4d6b4
 @patch
 def _undo_slots(self:Snapshot, o, names, slots):
     def undo():

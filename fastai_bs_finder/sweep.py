@@ -171,6 +171,8 @@ def _has_valid(
 _longer_than_best,_longer_than_other_sizes,_most_lrs = 1.25,3,12  # times the steps after which a training is given up; learning rates per size
 _columns = 'bs lr steps examples epochs seconds loss'.split()
 
+def _key(lr): return f'{lr:.5g}' if isinstance(lr, Real) else str(lr)
+
 class _Sweep:
     "The trainings of a sweep: those that are done, and which is next"
     def __init__(self,
@@ -202,105 +204,114 @@ class _Sweep:
         spent = self.watch.spent(SimpleNamespace(**row), self.n)
         return spent >= .999 and (self.watch.target is not None or spent < 1.1)
 
-    def train(self, bs, lr, most=math.inf):
-        "The row of a training, which may have been done before"
-        for row in self.rows:
-            if self.is_done(row, bs, lr, most): return row
-        def update(part, now):
-            if not self.bar: return
-            self.bar.comment = f'bs={bs} lr={as_lr(lr)}: {self.watch.monitor} {now:.3g}'
-            self.bar.update(max(int(100*(self._done + min(part, .99))), 1))
-        self.run = run = _SweepRun(self.watch, most, update)
-        with mock_training(self.learn):
-            micro = micro_bs(bs, known_fits(self.learn))
-            self.learn.remove_cbs(L(o for o in self.learn.cbs if isinstance(o, ParamScheduler)))
-            self.learn.dls.loaders[0] = rebatch(self.learn.dls.train, micro)
-            check_empty(self.learn.dls.train)
-            self.learn.fit(10**9, lr, cbs=[run] + [AccumulateGrads(bs)]*(micro < bs))
-        values = dict.fromkeys(['loss', *_known_monitors(self.learn)], math.nan) | run.best
-        self.rows = [row for row in self.rows if row['bs'] != bs or _key(row['lr']) != _key(lr)]
-        epochs = run.examples/self.n if self.n else math.nan
-        row = dict(bs=bs, lr=lr, steps=run.steps, examples=run.examples, epochs=epochs, seconds=run.seconds)
-        self.rows.append(row | values | dict(reached=run.reached))
-        self._done += 1
-        if self.bar: self.bar.total = 100*max(self._planned, self._done + 1)
-        return self.rows[-1]
+# %% ../nbs/52_sweep.ipynb #71aa7a00
+@patch
+def train(self:_Sweep, bs, lr, most=math.inf):
+    "The row of a training, which may have been done before"
+    for row in self.rows:
+        if self.is_done(row, bs, lr, most): return row
+    def update(part, now):
+        if not self.bar: return
+        self.bar.comment = f'bs={bs} lr={as_lr(lr)}: {self.watch.monitor} {now:.3g}'
+        self.bar.update(max(int(100*(self._done + min(part, .99))), 1))
+    self.run = run = _SweepRun(self.watch, most, update)
+    with mock_training(self.learn):
+        micro = micro_bs(bs, known_fits(self.learn))
+        self.learn.remove_cbs(L(o for o in self.learn.cbs if isinstance(o, ParamScheduler)))
+        self.learn.dls.loaders[0] = rebatch(self.learn.dls.train, micro)
+        check_empty(self.learn.dls.train)
+        self.learn.fit(10**9, lr, cbs=[run] + [AccumulateGrads(bs)]*(micro < bs))
+    values = dict.fromkeys(['loss', *_known_monitors(self.learn)], math.nan) | run.best
+    self.rows = [row for row in self.rows if row['bs'] != bs or _key(row['lr']) != _key(lr)]
+    epochs = run.examples/self.n if self.n else math.nan
+    row = dict(bs=bs, lr=lr, steps=run.steps, examples=run.examples, epochs=epochs, seconds=run.seconds)
+    self.rows.append(row | values | dict(reached=run.reached))
+    self._done += 1
+    if self.bar: self.bar.total = 100*max(self._planned, self._done + 1)
+    return self.rows[-1]
 
-    def score(self, row):
-        "The lower the better: steps to the target, or where it was not reached the value that is watched"
-        value = row.get(self.watch.monitor, math.nan)
-        value = math.inf if not math.isfinite(value) else value if self.watch.better(self.watch.monitor) is min else -value
-        return (0, row['steps']) if row['reached'] else (1, value)
+# %% ../nbs/52_sweep.ipynb #43db5d26
+@patch
+def score(self:_Sweep, row):
+    "The lower the better: steps to the target, or where it was not reached the value that is watched"
+    value = row.get(self.watch.monitor, math.nan)
+    value = math.inf if not math.isfinite(value) else value if self.watch.better(self.watch.monitor) is min else -value
+    return (0, row['steps']) if row['reached'] else (1, value)
 
-    def search(self, bs):
-        "Train with learning rates around that of the nearest batch size that is done"
-        if self.lrs is not None:
-            for lr in self.lrs: self.train(bs, lr)
-            return
-        done = {row['bs']: row for row in self.best() if row['bs'] in self._searched}
-        near = min(done, key=lambda b: abs(math.log(b/bs)), default=None)
-        lr0 = scale_lr(*(self.lr, self.bs0) if near is None else (done[near]['lr'], near), bs, self.noise_scale, self.opt)
-        most = min((_longer_than_other_sizes*row['steps']*max(b/bs, 1) for b,row in done.items() if row['reached']), default=math.inf)
-        scores = {}
-        def score(i):
-            if i not in scores:
-                reached = [s[1] for s in scores.values() if not s[0]]
-                scores[i] = self.score(self.train(bs, scale_lr(lr0, 1, 2**i, opt='sgd'), min([most, *(_longer_than_best*s for s in reached)])))
-            return scores[i]
-        i = 0
-        score(i)
-        for way in (-1, 1):  # down first: from a learning rate that is too high there is no way up
-            while len(scores) < _most_lrs and (score(i + way) < score(i) or way < 0 and not math.isfinite(score(i)[1])): i += way
-        score(i - .5), score(i + .5)
+@patch
+def search(self:_Sweep, bs):
+    "Train with learning rates around that of the nearest batch size that is done"
+    if self.lrs is not None:
+        for lr in self.lrs: self.train(bs, lr)
+        return
+    done = {row['bs']: row for row in self.best() if row['bs'] in self._searched}
+    near = min(done, key=lambda b: abs(math.log(b/bs)), default=None)
+    lr0 = scale_lr(*(self.lr, self.bs0) if near is None else (done[near]['lr'], near), bs, self.noise_scale, self.opt)
+    most = min((_longer_than_other_sizes*row['steps']*max(b/bs, 1) for b,row in done.items() if row['reached']), default=math.inf)
+    scores = {}
+    def score(i):
+        if i not in scores:
+            reached = [s[1] for s in scores.values() if not s[0]]
+            scores[i] = self.score(self.train(bs, scale_lr(lr0, 1, 2**i, opt='sgd'), min([most, *(_longer_than_best*s for s in reached)])))
+        return scores[i]
+    i = 0
+    score(i)
+    for way in (-1, 1):  # down first: from a learning rate that is too high there is no way up
+        while len(scores) < _most_lrs and (score(i + way) < score(i) or way < 0 and not math.isfinite(score(i)[1])): i += way
+    score(i - .5), score(i + .5)
 
-    def best(self):
-        "The best row of each batch size"
-        by_bs = {}
-        for row in self.rows: by_bs.setdefault(row['bs'], []).append(row)
-        return [min(rows, key=self.score) for _,rows in sorted(by_bs.items())]
+@patch
+def best(self:_Sweep):
+    "The best row of each batch size"
+    by_bs = {}
+    for row in self.rows: by_bs.setdefault(row['bs'], []).append(row)
+    return [min(rows, key=self.score) for _,rows in sorted(by_bs.items())]
 
-    def over(self, sizes):
-        "Train at all sizes, the nearest to the one in use first"
-        sizes = sorted(sizes, key=lambda b: abs(math.log(b/self.bs0)))
-        per_size = len(self.lrs) if self.lrs is not None else 5
-        self._planned = self._done + per_size*len(sizes)
-        for i,bs in enumerate(sizes):
-            self._planned = max(self._planned, self._done + per_size*(len(sizes) - i))
-            if bs >= self.too_large: continue
-            try: self.search(bs)
-            except Exception as e:
-                if not out_of_memory(e) or self.run._looking: raise
-                self.learn._end_cleanup()
-                self.too_large = bs
-            else: self._searched.append(bs)
+# %% ../nbs/52_sweep.ipynb #0fe45bdd
+@patch
+def over(self:_Sweep, sizes):
+    "Train at all sizes, the nearest to the one in use first"
+    sizes = sorted(sizes, key=lambda b: abs(math.log(b/self.bs0)))
+    per_size = len(self.lrs) if self.lrs is not None else 5
+    self._planned = self._done + per_size*len(sizes)
+    for i,bs in enumerate(sizes):
+        self._planned = max(self._planned, self._done + per_size*(len(sizes) - i))
+        if bs >= self.too_large: continue
+        try: self.search(bs)
+        except Exception as e:
+            if not out_of_memory(e) or self.run._looking: raise
+            self.learn._end_cleanup()
+            self.too_large = bs
+        else: self._searched.append(bs)
 
-    def around_root(self):
-        "Powers of two around the root of the number of examples, then what is beside the best"
-        mid = round(math.log2(self.n)/2)
-        self.over({b for b in (self.bs0, *(2**k for k in range(max(mid - 2, 0), mid + 3))) if b <= self.n})
-        if not self.rows: return  # not one fits
-        best = min(self.best(), key=lambda row: (*self.score(row)[:1], row['seconds']) if self.watch.target is not None else self.score(row))['bs']
-        self.over([b for b in sizes_between(best/2 + 1, min(2*best - 1, self.n)) if b != best])
+@patch
+def around_root(self:_Sweep):
+    "Powers of two around the root of the number of examples, then what is beside the best"
+    mid = round(math.log2(self.n)/2)
+    self.over({b for b in (self.bs0, *(2**k for k in range(max(mid - 2, 0), mid + 3))) if b <= self.n})
+    if not self.rows: return  # not one fits
+    best = min(self.best(), key=lambda row: (*self.score(row)[:1], row['seconds']) if self.watch.target is not None else self.score(row))['bs']
+    self.over([b for b in sizes_between(best/2 + 1, min(2*best - 1, self.n)) if b != best])
 
-    @property
-    def result(self):
-        "What is done so far"
-        stats = pd.DataFrame(self.rows, columns=[*_columns, *_known_monitors(self.learn), 'reached', 'monitor', 'target', 'best'])
-        best,watch = {id(row) for row in self.best()},self.watch
-        stats['best'] = [id(row) in best for row in self.rows]
-        stats['monitor'],stats['target'] = watch.monitor,math.nan if watch.target is None else watch.target
-        stats = stats.astype(dict(best=bool, reached=bool)).sort_values('bs', kind='stable', ignore_index=True)
-        top = stats[stats.best & stats.reached]
-        lower,fit = watch.better(watch.monitor) is min,fit_steps(top.bs, top.steps)
-        return SweepResult(stats, watch.monitor, watch.target, lower, self.bs0, self.opt, self.too_large, fit)
+# %% ../nbs/52_sweep.ipynb #d4617336
+@patch(as_prop=True)
+def result(self:_Sweep):
+    "What is done so far"
+    stats = pd.DataFrame(self.rows, columns=[*_columns, *_known_monitors(self.learn), 'reached', 'monitor', 'target', 'best'])
+    best,watch = {id(row) for row in self.best()},self.watch
+    stats['best'] = [id(row) in best for row in self.rows]
+    stats['monitor'],stats['target'] = watch.monitor,math.nan if watch.target is None else watch.target
+    stats = stats.astype(dict(best=bool, reached=bool)).sort_values('bs', kind='stable', ignore_index=True)
+    top = stats[stats.best & stats.reached]
+    lower,fit = watch.better(watch.monitor) is min,fit_steps(top.bs, top.steps)
+    return SweepResult(stats, watch.monitor, watch.target, lower, self.bs0, self.opt, self.too_large, fit)
 
-    def publish(self):
-        if not self.rows: return
-        result,rec = self.result,self.learn.recorder
-        keep_result(rec, bs_sweep_result=result)
-        vars(rec)['bs_sweep'] = result.stats  # past fastai's warning: the learner has a method of that name
-
-def _key(lr): return f'{lr:.5g}' if isinstance(lr, Real) else str(lr)
+@patch
+def publish(self:_Sweep):
+    if not self.rows: return
+    result,rec = self.result,self.learn.recorder
+    keep_result(rec, bs_sweep_result=result)
+    vars(rec)['bs_sweep'] = result.stats  # past fastai's warning: the learner has a method of that name
 
 # %% ../nbs/52_sweep.ipynb #9fad1763
 _budgets = 'epochs', 'steps', 'seconds'
@@ -352,6 +363,7 @@ def _check_resume(resume, monitor, target):
 
 _eval_bs = 256
 
+# %% ../nbs/52_sweep.ipynb #334722e9
 def _fixed_batches(learn, n):
     "Batches of the training loader with `n` examples in all or somewhat more, always the same ones"
     res,seen,dl = [],0,learn.dls.train
@@ -368,6 +380,7 @@ def _fixed_batches(learn, n):
     if not seen: raise ValueError("The training loader yields no batch whose examples can be counted")
     return _FixedBatches(dl, res)
 
+# %% ../nbs/52_sweep.ipynb #86fd9774
 @patch
 def bs_sweep(self:Learner,
     bss:Iterable|None=None, # Batch sizes to train at; `None`: the one in use, powers of two around the root of the data set's size, those beside the best
