@@ -1,5 +1,7 @@
 "Along a real training on all of MNIST, against the truth at every place where it was measured"
+import sys
 from functools import partial
+from pathlib import Path
 
 import numpy as np, pytest, torch
 from torch import nn
@@ -8,13 +10,16 @@ from fastai.basics import Adam, Callback, CrossEntropyLossFlat, DataLoader, Data
 from fastai_bs_finder.all import *
 from reference import ema, mlp_truth
 
+sys.path.append(str(Path(__file__).parents[1]/'benchmarks'))
+from stepping import bs_find_stepping
+
 
 class Truth(Callback):
     "Computes the true noise and scale at the start of each measurement"
     order = -20
     def __init__(self, X, y, found): self.compute,self.note = partial(mlp_truth, X=X, y=y),found.append
     def before_batch(self):
-        if self.lr_finder._to_train == 0 and self.lr_finder._meter.n_batch == 0: self.note(self.compute(self.model))
+        if self.lr_finder._left_to_train == 0 and self.lr_finder.meter.n_batch == 0: self.note(self.compute(self.model))
 
 
 @pytest.mark.parametrize('opt_func,lr', [(SGD, .1), (Adam, 1e-3)], ids=['SGD 0.1', 'Adam 1e-3'])
@@ -33,7 +38,7 @@ def test_follows_the_truth(mnist, opt_func, lr):
     ratio = stats.noise_scale/truth
 
     biased = learner()
-    with biased.no_bar(), pytest.warns(UserWarning, match='step_every_batch'): biased.bs_find(lr, show_plot=False, profile=False, step_every_batch=True)
+    with biased.no_bar(), pytest.warns(UserWarning, match='for comparison only'): bs_find_stepping(biased, lr, show_plot=False, profile=False)
     article = biased.recorder.bs_stats
     print(f'\n{opt_func.__name__} {lr}: batches seen, truth, ours (95 % interval), every batch stepping')
     for i in range(0, len(stats), 6):
