@@ -2,13 +2,13 @@
 
 It is eq. 2.8 of McCandlish et al. 2018.
 
-One Hessian-vector product per batch gives both parts. With uⱼ = Hⱼ·gⱼ₋₁, the Hessian of one batch times the gradient of the batch before, all at the
-same weights,
+One Hessian-vector product per batch gives both parts. With uⱼ = Hⱼ·gⱼ₋₁, the Hessian of one batch times the gradient of the batch before,
+all at the same weights,
 
     E[gⱼ₋₁·uⱼ] = GᵀHG + tr(HΣ)/b,    E[gᵢ·uⱼ] = GᵀHG  (i < j − 1).
 
-The three factors of each product come from different batches, so nothing is biased, and the running sum of the gradients serves as gᵢ. It takes a second
-derivative of the loss, and some three times the time of a backward pass.
+The three factors of each product come from different batches, so nothing is biased, and the running sum of the gradients serves as gᵢ.
+It takes a second derivative of the loss, and some three times the time of a backward pass.
 """
 import math, numpy as np, torch
 
@@ -30,7 +30,7 @@ class HessianSums:
         params:list, # The parameters, all at the weights of the batches before
         sums:GradSums, # The running sums of the batches before
     ):
-        "The product of this batch's Hessian with the gradient of the batch before. Raises `RuntimeError` where the loss has no second derivative"
+        "Multiply this batch's Hessian with the gradient of the batch before. Raises `RuntimeError` where there is no second derivative"
         if self.before is None: return
         g0,bs = self.before
         there = [p for p,g in zip(params, g0) if g is not None and p.requires_grad]

@@ -5,9 +5,9 @@ from fastai.basics import Learner
 from fastai_bs_finder.finder import BSFinder
 from fastai_bs_finder.mock import LockStep
 
-biased = ("bs_find_stepping is for comparison only: while every batch steps, the noise in one gradient moves the weights at which the next is "
-          "taken. That biases the scale |G|² by about −lr·tr(HΣ)/b, and the noise scale comes out too large or negative at learning rates that "
-          "train well. Call learn.bs_find for a number to act on.")
+biased = ("bs_find_stepping is for comparison only: while every batch steps, the noise in one gradient moves the weights at which the next "
+          "is taken. That biases the scale |G|² by about −lr·tr(HΣ)/b, and the noise scale comes out too large or negative at learning "
+          "rates that train well. Call learn.bs_find for a number to act on.")
 
 
 class SteppingFinder(BSFinder):

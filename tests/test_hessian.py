@@ -50,7 +50,7 @@ def test_hessian_sums_against_explicit_hessians():
 
 
 def test_hessian_sums_see_the_steep_direction():
-    "The noise is the same in two directions, and the gradient lies in the flat one: the simple noise scale does not see which one is to be minded"
+    "The noise is the same in two directions, and the gradient lies in the flat one: the steep one is the one to mind"
     torch.manual_seed(0)
     H,G,w = torch.tensor([1., 100.]),torch.tensor([1., .1]),torch.zeros(2, requires_grad=True)
     def measure(k=200, bs=4):
