@@ -155,7 +155,9 @@ The noise scale is the variance of the gradient over its squared norm, *at given
 - **`bs_find()`** as it is: 10 batches at the same weights, one step, 10 ordinary steps, and again;
 - **stored gradients**, the equations of the [paper](https://arxiv.org/abs/1812.06162) (appendix A.1) as printed: the same batches, but each gradient is stored;
 - **pairs**: 2 batches at the same weights, one step, and again: `bs_find(n_batch=2, n_train=0)`;
-- **stepping**: 20 consecutive batches, each of which steps the optimizer. Older finders for fastai do this, and `benchmarks/stepping.py` does it for comparison. It is kinder than they are: they take the last of the gradients for the small batch, this takes the mean over all of them;
+- **stepping**: 20 consecutive batches, each of which steps the optimizer. Older finders for fastai do this, \
+and `benchmarks/stepping.py` does it for comparison. It is kinder than they are: they take the last of the gradients for the small batch, \
+this takes the mean over all of them;
 - **stepping pairs**: the same with 2 consecutive batches, `n_batch=2`.
 
 Each answer is the average at the end of a run. Measurements of pairs are ten times as many, and their averages run over as many batches of the training (`beta`). The truth is taken along each way's own training where it measures, and averaged with the same weights. For `bs_find()` that is at the very weights of each measurement, for the others every 20 batches.""",

@@ -38,7 +38,8 @@ def test_follows_the_truth(mnist, opt_func, lr):
     ratio = stats.noise_scale/truth
 
     biased = learner()
-    with biased.no_bar(), pytest.warns(UserWarning, match='for comparison only'): bs_find_stepping(biased, lr, show_plot=False, profile=False)
+    with biased.no_bar(), pytest.warns(UserWarning, match='for comparison only'):
+        bs_find_stepping(biased, lr, show_plot=False, profile=False)
     article = biased.recorder.bs_stats
     print(f'\n{opt_func.__name__} {lr}: batches seen, truth, ours (95 % interval), every batch stepping')
     for i in range(0, len(stats), 6):
