@@ -13,11 +13,13 @@ import fastai_bs_finder.finder
 from fastai_bs_finder.demo import digits_learner
 from fastai_bs_finder.noise import ema_weights
 from common import at_once, here, write_page
+from stepping import SteppingFinder
 
 num_it,bs,beta = 400,16,.9
 settings = {'SGD .01': (SGD, .01), 'SGD .05': (SGD, .05), 'SGD .1': (SGD, .1), 'SGD .3': (SGD, .3), 'Adam 1e-3': (Adam, 1e-3), 'Adam 3e-3': (Adam, 3e-3), 'Adam 1e-2': (Adam, 1e-2)}
 pairs = dict(n_batch=2, n_train=0, beta=beta**(2/20))  # ten times as many measurements, averaged over the same batches
-runs = {'bs_find()': dict(n_batch=10, n_train=10), 'pairs': pairs, 'stepping': dict(n_batch=20, n_train=0, step_every_batch=True), 'stepping pairs': pairs | dict(step_every_batch=True)}
+runs = {'bs_find()': dict(n_batch=10, n_train=10), 'pairs': pairs, 'stepping': dict(n_batch=20, n_train=0, finder=SteppingFinder),
+        'stepping pairs': pairs | dict(finder=SteppingFinder)}
 
 
 def per_example(model, X, y):
@@ -153,7 +155,9 @@ The noise scale is the variance of the gradient over its squared norm, *at given
 - **`bs_find()`** as it is: 10 batches at the same weights, one step, 10 ordinary steps, and again;
 - **stored gradients**, the equations of the [paper](https://arxiv.org/abs/1812.06162) (appendix A.1) as printed: the same batches, but each gradient is stored;
 - **pairs**: 2 batches at the same weights, one step, and again: `bs_find(n_batch=2, n_train=0)`;
-- **stepping**: 20 consecutive batches, each of which steps the optimizer. Older finders for fastai do this, and `bs_find(step_every_batch=True)` does it for comparison. It is kinder than they are: they take the last of the gradients for the small batch, this takes the mean over all of them;
+- **stepping**: 20 consecutive batches, each of which steps the optimizer. Older finders for fastai do this, \
+and `benchmarks/stepping.py` does it for comparison. It is kinder than they are: they take the last of the gradients for the small batch, \
+this takes the mean over all of them;
 - **stepping pairs**: the same with 2 consecutive batches, `n_batch=2`.
 
 Each answer is the average at the end of a run. Measurements of pairs are ten times as many, and their averages run over as many batches of the training (`beta`). The truth is taken along each way's own training where it measures, and averaged with the same weights. For `bs_find()` that is at the very weights of each measurement, for the others every 20 batches.""",

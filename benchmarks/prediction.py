@@ -7,6 +7,7 @@ from matplotlib.figure import Figure
 import fastai_bs_finder.finder
 from fastai_bs_finder.predict import noiseless_mean, rel_steps
 from common import at_once, write_page
+from hessian import HessianFinder
 from tasks import tasks
 from training import best_runs, bs0, geomean, here, seeds, sizes, step_seconds, train
 
@@ -39,7 +40,7 @@ def seconds_per_step(task, lrs, rounds=3):
 
 def noise_scales(name, lr, steps, n_seeds):
     "The average of each of the three noise scales, over noiseless steps"
-    tables = [found(tasks[name], lr, steps, seed, hessian=True, profile=False)[0].recorder.bs_stats for seed in range(n_seeds)]
+    tables = [found(tasks[name], lr, steps, seed, finder=HessianFinder, profile=False)[0].recorder.bs_stats for seed in range(n_seeds)]
     def mean(B): return noiseless_mean(B[B > 0], bs0)
     return {label: geomean([mean(stats[f'{prefix}noise_scale']) for stats in tables]) for label,prefix in dict(simple='', optimizer='opt_', Hessian='full_').items()}
 

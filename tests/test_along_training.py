@@ -1,5 +1,7 @@
 "Along a real training on all of MNIST, against the truth at every place where it was measured"
+import sys
 from functools import partial
+from pathlib import Path
 
 import numpy as np, pytest, torch
 from torch import nn
@@ -7,6 +9,9 @@ from fastai.basics import Adam, Callback, CrossEntropyLossFlat, DataLoader, Data
 
 from fastai_bs_finder.all import *
 from reference import ema, mlp_truth
+
+sys.path.append(str(Path(__file__).parents[1]/'benchmarks'))
+from stepping import bs_find_stepping
 
 
 class Truth(Callback):
@@ -33,7 +38,8 @@ def test_follows_the_truth(mnist, opt_func, lr):
     ratio = stats.noise_scale/truth
 
     biased = learner()
-    with biased.no_bar(), pytest.warns(UserWarning, match='step_every_batch'): biased.bs_find(lr, show_plot=False, profile=False, step_every_batch=True)
+    with biased.no_bar(), pytest.warns(UserWarning, match='for comparison only'):
+        bs_find_stepping(biased, lr, show_plot=False, profile=False)
     article = biased.recorder.bs_stats
     print(f'\n{opt_func.__name__} {lr}: batches seen, truth, ours (95 % interval), every batch stepping')
     for i in range(0, len(stats), 6):

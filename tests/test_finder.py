@@ -463,28 +463,6 @@ def test_same_seed_same_numbers(quiet):
     pd.testing.assert_frame_equal(first, learn.recorder.bs_stats)
 
 
-def test_every_batch_steps_only_on_request(quiet):
-    learn,log = digits_learner(),[]
-    learn.add_cb(Spy(log))
-    with pytest.warns(UserWarning, match='for comparison only.*biases the scale'): quiet(learn, .1, 60, step_every_batch=True)
-    s = learn.recorder.bs_stats
-    assert list(s.batch) == [10, 20, 30, 40, 50, 60] and sum(o == ('step',) for o in log) == 60
-    with warnings.catch_warnings():
-        warnings.simplefilter('error', UserWarning)
-        quiet(learn, .1, 60)
-
-
-def test_every_batch_steps_as_in_fit(quiet):
-    learn,log = digits_learner(),[]
-    learn.add_cb(Spy(log))
-    with pytest.warns(UserWarning): quiet(learn, .1, 50, step_every_batch=True)
-    found = [o[3] for o in log if o[0] == 'batch']
-    del log[:]
-    with learn.no_bar(), learn.no_logging(): learn.fit(1, .1)
-    for a,b in zip(found, [o[3] for o in log if o[0] == 'batch']):
-        for p,q in zip(a, b): assert torch.equal(p, q)
-
-
 # The result
 
 def test_named_tuple_and_suggest_funcs(quiet):

@@ -1,12 +1,10 @@
-"Noise and scale in the metric of the optimizer and of the Hessian, and per module, against second implementations"
+"Noise and scale in the metric of the optimizer, and per module, against second implementations"
 import math
 from functools import partial
 
 import numpy as np, pytest, torch
 from torch import nn
 from fastai.basics import Adam, Callback, Lamb, OptimWrapper, QHAdam, RAdam, RMSProp, SGD
-
-from fastai.callback.fp16 import MixedPrecision
 
 from fastai_bs_finder.all import *
 from fastai_bs_finder.demo import digits_learner
@@ -107,83 +105,6 @@ def test_large_sparse_and_half_tensors(n, monkeypatch):
     metric = OptMetric(opt, [p])
     for t in (g, g.to_sparse(1), g.bfloat16()): assert float(metric([t])) == pytest.approx(wanted, rel=1e-5)
     assert metric([None, g][1:]).shape == (1,)
-
-
-def hessian_at(model, x, y, loss_func):
-    shapes = [(k, p.shape, p.numel()) for k,p in model.named_parameters()]
-    def loss(w):
-        parts = dict(zip([k for k,*_ in shapes], [o.view(s) for o,(_,s,_) in zip(w.split([n for *_,n in shapes]), shapes)]))
-        return loss_func(torch.func.functional_call(model, parts, (x,)), y)
-    return torch.autograd.functional.hessian(loss, torch.cat([p.detach().flatten() for p in model.parameters()]))
-
-
-def test_hessian_sums_against_explicit_hessians():
-    torch.manual_seed(0)
-    model,loss_func = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)).double(),nn.CrossEntropyLoss()
-    params,sums,hess = list(model.parameters()),GradSums(),HessianSums()
-    own,other,n,sizes,grads = [],0.,0,(5, 8, 3, 6),[]
-    for b in sizes:
-        x,y = torch.randn(b, 4).double(),torch.randint(2, (b,))
-        H = hessian_at(model, x, y, loss_func)
-        model.zero_grad()
-        loss = loss_func(model(x), y)
-        hess.add(loss, params, sums)
-        loss.backward()
-        if grads:
-            u = H @ grads[-1]
-            own.append(float(grads[-1] @ u))
-            for g,bb in list(zip(grads, sizes))[:-1]:
-                other += float(bb*(g @ u))
-                n += bb
-        grads.append(flat_grad(model))
-        sums.add([p.grad for p in params], b)
-        hess.keep([p.grad.clone() for p in params], b)
-    scale = other/n
-    noise = np.mean([b*(o - scale) for b,o in zip(sizes, own)])
-    assert hess.noise_and_scale() == pytest.approx((noise, scale), rel=1e-6)
-    assert all(map(math.isnan, HessianSums().noise_and_scale()))
-
-
-def test_hessian_option():
-    plain,full = digits_learner(),digits_learner()
-    for learn,hessian in ((plain, False), (full, True)):
-        with learn.no_bar(), learn.no_logging(): learn.bs_find(.1, 100, 5, show_plot=False, profile=False, hessian=hessian)
-    a,b = plain.recorder.bs_stats,full.recorder.bs_stats
-    np.testing.assert_allclose(b[a.columns], a, rtol=1e-5)   # what else is measured stays the same
-    assert np.isfinite(b.full_raw_noise).all() and not set(b.columns) - set(a.columns) - {c for c in b if c.startswith('full_')}
-
-
-class Last(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, g, x): return 2*g*x
-    @staticmethod
-    def backward(ctx, _): raise RuntimeError("no second derivative here")
-
-
-class Once(torch.autograd.Function):
-    "A square that has only a first derivative"
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x**2
-    @staticmethod
-    def backward(ctx, g): return Last.apply(g, *ctx.saved_tensors)
-
-
-class Squares(nn.Module):
-    def forward(self, x): return Once.apply(x)
-
-
-@pytest.mark.parametrize('change,msg', [
-    (lambda learn: learn.model.insert(1, Squares()), 'hessian=True needs second derivatives'),
-    (lambda learn: learn.add_cb(MixedPrecision()), 'hessian=True needs full precision'),
-])
-def test_hessian_errors(change, msg):
-    learn = digits_learner()
-    change(learn)
-    weights = [p.clone() for p in learn.model.parameters()]
-    with learn.no_bar(), learn.no_logging(), pytest.raises(ValueError, match=msg): learn.bs_find(.1, 40, hessian=True)
-    assert all(torch.equal(a, b) for a,b in zip(weights, learn.model.parameters())) and not hasattr(learn.recorder, 'bs_stats')
 
 
 def test_modules_add_up_and_frozen_ones_are_left_out():
