@@ -1,5 +1,6 @@
 "However a run ends, in whatever learner, nothing remains of it: no change, and no worker process"
 import math, multiprocessing
+from itertools import product
 
 import pytest, torch
 from fastai.basics import Callback, CancelFitException
@@ -7,10 +8,12 @@ from fastai.basics import Callback, CancelFitException
 import fastai_bs_finder.all
 from footprint import changes, forget, same, state, trained
 from learners import maker
+from pairwise import pairwise
 
 kinds = {'tabular': 'tabular: TabularDataLoaders, embeddings', 'image': 'vision: unet_learner, segmentation', 'text': 'text: language_model_learner',
          'loaders of PyTorch': 'plain PyTorch: model and loaders'}
 first,middle,last = 0,9,19
+measured = {first: [], middle: [4], last: [4, 12]}  # the batches at which measurements of 4 end, of those before this one
 
 
 def mocking(learn): return hasattr(learn, 'lr_finder')
@@ -77,18 +80,23 @@ def untouched(make, lr, kind, in_workers):
     return _untouched[kind, in_workers]
 
 
-@pytest.mark.parametrize('at', [first, middle, last])
-@pytest.mark.parametrize('kind', kinds)
-@pytest.mark.parametrize('break_it,error', endings.items(), ids=[f.__name__ for f in endings])
-def test_nothing_remains(break_it, error, kind, at, fastai_data):
-    make,lr = maker(kinds[kind], fastai_data)
+options = list(endings),list(kinds),list(measured)
+every_pair = pairwise(*options)
+every_triple = [pytest.param(*row, id='-'.join([row[0].__name__, *map(str, row[1:])]), marks=[pytest.mark.slow]*(row not in every_pair)) for row in product(*options)]
+
+@pytest.mark.parametrize('break_it,kind,at', every_triple)
+def test_nothing_remains(break_it, kind, at, fastai_data):
+    (make,lr),error = maker(kinds[kind], fastai_data),endings[break_it]
     def find(learn): return learn.bs_find(lr, 20, 4, show_plot=False)
     learn = make()
     break_it(learn, at)
     was,processes = state(learn),multiprocessing.active_children()
     if error:
         with pytest.raises(error): find(learn)
-    else: assert find(learn).critical is None or at > first
+    else:
+        found = find(learn)
+        assert learn.recorder.bs_stats.batch.tolist() == measured[at]
+        if at == first: assert found == (None, None)
     assert not set(multiprocessing.active_children()) - set(processes)  # others may have ended meanwhile
     forget(learn)
     assert changes(was, state(learn)) == []
