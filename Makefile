@@ -9,7 +9,7 @@ help:
 	@echo "make demo       find the batch size of a small learner: ends in under a minute"
 	@echo "make test       run the notebooks' tests and the fast tier of pytest: ten minutes at most on two cores"
 	@echo "make test-all   run the tests marked slow, too"
-	@echo "make data       fetch the data sets that tests need into FASTAI_HOME: tests skip what is not there"
+	@echo "make data       fetch the data sets that tests need into .data, or FASTAI_HOME: tests skip what is not there"
 	@echo "make oldest     run pytest with the oldest versions supported, in an environment of its own"
 	@echo "make table      run the tests that make the table of what bs_find works with"
 	@echo "make notebooks  execute every notebook afresh and keep its outputs"
@@ -37,9 +37,12 @@ demo: install
 data: install
 	$(BIN)/python tests/data.py
 
-test test-all: install
+test: install
 	$(BIN)/nbdev-test --n-workers 2
-	$(BIN)/python -m pytest -n 2 --dist worksteal $(if $(filter test-all,$@),-m '')
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(TIER)
+
+test-all: TIER = -m ''
+test-all: test
 
 oldest:
 	$(PYTHON) -m venv .venv-oldest
