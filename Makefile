@@ -41,7 +41,7 @@ test: install
 	$(BIN)/nbdev-test --n-workers 2
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(TIER)
 
-test-all: TIER = -m ''
+test-all: TIER = -m '' --hypothesis-profile=short
 test-all: test
 
 oldest:

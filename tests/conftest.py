@@ -18,9 +18,9 @@ if torch.cuda.is_available():  # what is compared bit for bit needs kernels that
     torch.use_deterministic_algorithms(True, warn_only=True)
 
 both = dict(deadline=None, database=None, suppress_health_check=list(HealthCheck))
-settings.register_profile('short', max_examples=300, derandomize=True, **both)  # the same cases each time
-settings.register_profile('long', max_examples=10_000, print_blob=True, **both)      # pytest --hypothesis-profile=long
-settings.load_profile('short')
+for name,n in dict(quick=60, short=300).items(): settings.register_profile(name, max_examples=n, derandomize=True, **both)  # the same cases each time
+settings.register_profile('long', max_examples=10_000, print_blob=True, **both)  # pytest --hypothesis-profile=long
+settings.load_profile('quick')
 
 root = Path(__file__).parents[1]
 archives = root.parent/'shared/data'

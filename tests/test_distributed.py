@@ -342,6 +342,7 @@ def start(folder, *lines, **variables):
     assert not any(p.returncode for p in started), out
     return ''.join(o for o,_ in out)
 
+@pytest.mark.slow
 @pytest.mark.parametrize('where', commands)
 def test_how_to_start_it(where, tmp_path):
     "Each command of the tutorial, on the CPU; with two processes, but `accelerate launch` starts one there"

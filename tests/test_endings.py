@@ -1,6 +1,5 @@
 "However a run ends, in whatever learner, nothing remains of it: no change, and no worker process"
 import math, multiprocessing
-from itertools import product
 
 import pytest, torch
 from fastai.basics import Callback, CancelFitException
@@ -8,7 +7,7 @@ from fastai.basics import Callback, CancelFitException
 import fastai_bs_finder.all
 from footprint import changes, forget, same, state, trained
 from learners import maker
-from pairwise import pairwise
+from tiers import each_pair, in_tiers
 
 kinds = {'tabular': 'tabular: TabularDataLoaders, embeddings', 'image': 'vision: unet_learner, segmentation', 'text': 'text: language_model_learner',
          'loaders of PyTorch': 'plain PyTorch: model and loaders'}
@@ -66,7 +65,8 @@ def in_worker(learn, at):
     in_loader(learn, at)
 
 
-endings = {in_model: ValueError, out_of_memory: torch.OutOfMemoryError, in_callback: ValueError, interrupt: KeyboardInterrupt, interrupt_late: KeyboardInterrupt, in_loader: OSError, in_worker: OSError, cancel: None, no_number: None}
+errors = {in_model: ValueError, out_of_memory: torch.OutOfMemoryError, in_callback: ValueError, interrupt: KeyboardInterrupt, interrupt_late: KeyboardInterrupt, in_loader: OSError, in_worker: OSError, cancel: None, no_number: None}
+endings = {break_it.__name__: (break_it, error) for break_it,error in errors.items()}
 
 _untouched = {}
 
@@ -80,13 +80,9 @@ def untouched(make, lr, kind, in_workers):
     return _untouched[kind, in_workers]
 
 
-options = list(endings),list(kinds),list(measured)
-every_pair = pairwise(*options)
-every_triple = [pytest.param(*row, id='-'.join([row[0].__name__, *map(str, row[1:])]), marks=[pytest.mark.slow]*(row not in every_pair)) for row in product(*options)]
-
-@pytest.mark.parametrize('break_it,kind,at', every_triple)
-def test_nothing_remains(break_it, kind, at, fastai_data):
-    (make,lr),error = maker(kinds[kind], fastai_data),endings[break_it]
+@pytest.mark.parametrize('ending,kind,at', in_tiers(each_pair, list(endings), list(kinds), list(measured)))
+def test_nothing_remains(ending, kind, at, fastai_data):
+    (make,lr),(break_it,error) = maker(kinds[kind], fastai_data),endings[ending]
     def find(learn): return learn.bs_find(lr, 20, 4, show_plot=False)
     learn = make()
     break_it(learn, at)
