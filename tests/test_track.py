@@ -21,8 +21,8 @@ from fastai_bs_finder.steps import second_loader
 from fastai_bs_finder.track import NoiseScale
 from footprint import same, trained
 from learners import Stream, applications, digits, loaders, maker
-from tiers import each_value, in_tiers
 from reference import ema, flat_grad, paper_estimate, per_example_truth
+from tiers import each_value, in_tiers
 
 
 def often(**kwargs): return NoiseScale(**(dict(share=None, n_batch=3, every=3) | kwargs))
