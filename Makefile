@@ -3,11 +3,13 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help install demo test oldest table notebooks short readme docs bench training clean
+.PHONY: help install data demo test test-all oldest table notebooks short readme docs bench training clean
 
 help:
 	@echo "make demo       find the batch size of a small learner: ends in under a minute"
-	@echo "make test       run the notebooks' tests and pytest"
+	@echo "make test       run the notebooks' tests and the fast tier of pytest: ten minutes at most on two cores"
+	@echo "make test-all   run the tests marked slow, too"
+	@echo "make data       fetch the data sets that tests need into .data, or FASTAI_HOME: tests skip what is not there"
 	@echo "make oldest     run pytest with the oldest versions supported, in an environment of its own"
 	@echo "make table      run the tests that make the table of what bs_find works with"
 	@echo "make notebooks  execute every notebook afresh and keep its outputs"
@@ -32,15 +34,21 @@ $(VENV)/.%: pyproject.toml
 demo: install
 	@$(BIN)/python -m fastai_bs_finder
 
+data: install
+	$(BIN)/python tests/data.py
+
 test: install
 	$(BIN)/nbdev-test --n-workers 2
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(TIER)
+
+test-all: TIER = -m '' --hypothesis-profile=short
+test-all: test
 
 oldest:
 	$(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/python -m pip install -q -r tests/oldest.txt
 	.venv-oldest/bin/python -m pip install -q --no-deps -e .
-	.venv-oldest/bin/python -m pytest -n 2 $(addprefix --ignore tests/test_,docs.py project.py types.py jupyter.py)
+	.venv-oldest/bin/python -m pytest -n 2 -m '' $(addprefix --ignore tests/test_,docs.py project.py types.py jupyter.py)
 
 table: install
 	$(BIN)/python -m pytest -n 2 tests/test_applications.py tests/test_callbacks.py --works-with tests/works_with.csv

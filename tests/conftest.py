@@ -8,6 +8,8 @@ from hypothesis import HealthCheck, settings
 from PIL import Image
 from fastai_bs_finder import finder
 
+from data import urls
+
 matplotlib.use('agg')
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that starts the tests in the background ignores it
 torch.set_num_threads(1)  # faster for networks as small as these
@@ -16,9 +18,9 @@ if torch.cuda.is_available():  # what is compared bit for bit needs kernels that
     torch.use_deterministic_algorithms(True, warn_only=True)
 
 both = dict(deadline=None, database=None, suppress_health_check=list(HealthCheck))
-settings.register_profile('short', max_examples=300, derandomize=True, **both)  # the same cases each time
-settings.register_profile('long', max_examples=10_000, print_blob=True, **both)      # pytest --hypothesis-profile=long
-settings.load_profile('short')
+for name,n in dict(quick=60, short=300).items(): settings.register_profile(name, max_examples=n, derandomize=True, **both)  # the same cases each time
+settings.register_profile('long', max_examples=10_000, print_blob=True, **both)  # pytest --hypothesis-profile=long
+settings.load_profile('quick')
 
 root = Path(__file__).parents[1]
 archives = root.parent/'shared/data'
@@ -39,7 +41,7 @@ def fastai_data(monkeypatch):
     def get(name):
         home = _laid_out(name)
         if home is None and os.environ.get('CI') == 'true' and archives.exists(): pytest.fail(f'{name} cannot be laid out from {archives}')
-        if home is None: pytest.skip(f'needs the data set {name}: set FASTAI_HOME to a folder that holds data/{name}')
+        if home is None: pytest.skip(f'needs the data set {name}: ' + ('make data fetches it' if name in urls else 'put it into FASTAI_HOME/data, fastai has no URL of it'))
         monkeypatch.setenv('FASTAI_HOME', str(home))
         return home/'data'/name
     return get

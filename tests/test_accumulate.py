@@ -91,7 +91,7 @@ def test_fastais_own_accumulation_fails_the_same_test():
 @example(n=7, bs=3, n_acc=2, drop_last=False, epochs=2, opt_func=SGD)
 @example(n=20, bs=6, n_acc=100, drop_last=True, epochs=2, opt_func=SGD)
 @given(n=st.integers(1, 120), bs=st.integers(1, 40), n_acc=st.integers(1, 130), drop_last=st.booleans(), epochs=st.integers(1, 3), opt_func=st.sampled_from([SGD, adam]))
-@settings(max_examples=40)
+@settings(max_examples=settings.default.max_examples//8)
 def test_equals_one_backward_over_the_window(n, bs, n_acc, drop_last, epochs, opt_func):
     compare(AccumulateGrads, n, min(n, bs), n_acc, drop_last, epochs, opt_func)
 

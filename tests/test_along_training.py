@@ -22,6 +22,7 @@ class Truth(Callback):
         if self.lr_finder._left_to_train == 0 and self.lr_finder.meter.n_batch == 0: self.note(self.compute(self.model))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('opt_func,lr', [(SGD, .1), (Adam, 1e-3)], ids=['SGD 0.1', 'Adam 1e-3'])
 def test_follows_the_truth(mnist, opt_func, lr):
     X,y = mnist

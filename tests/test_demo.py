@@ -28,19 +28,22 @@ def test_finds_a_batch_size_and_saves_the_picture(tmp_path):
     assert (tmp_path/'bs_find.png').read_bytes()[:4] == b'\x89PNG' and (tmp_path/'bs_find.png').stat().st_size > 20_000
 
 
-def test_options(tmp_path):
+def test_options(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     found = []
     for _ in range(2):
-        p = run('--lr', '.05', '--bs', '32', '--num-it', '100', '--n-batch', '5', '--beta', '.5', '--seed', '3', '--out', 'other.pdf', cwd=tmp_path)
-        assert p.returncode == 0 and '[100/100' in p.stdout
-        found.append(re.search(r'The noise scale is .*? with bs=32 at lr=0.05', p.stdout)[0])
+        assert main('--lr .05 --bs 32 --num-it 100 --n-batch 5 --beta .5 --seed 3 --out other.pdf'.split()) == 0
+        said = capsys.readouterr().out
+        assert '[100/100' in said
+        found.append(re.search(r'The noise scale is .*? with bs=32 at lr=0.05', said)[0])
     assert [f.name for f in tmp_path.iterdir()] == ['other.pdf'] and found[0] == found[1]
 
 
-def test_help(tmp_path):
-    p = run('--help', cwd=tmp_path)
-    assert p.returncode == 0 and 'handwritten digits' in p.stdout
-    for option in ('--lr', '--bs', '--num-it', '--n-batch', '--beta', '--seed', '--out'): assert option in p.stdout
+def test_help(capsys):
+    with pytest.raises(SystemExit) as e: main(['--help'])
+    said = capsys.readouterr().out
+    assert e.value.code == 0 and 'handwritten digits' in said
+    for option in ('--lr', '--bs', '--num-it', '--n-batch', '--beta', '--seed', '--out'): assert option in said
 
 
 @pytest.mark.parametrize('args,words', [
@@ -66,11 +69,14 @@ def test_bad_arguments(args, words, tmp_path, monkeypatch, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_bad_arguments_from_a_shell(tmp_path):
     p = run('--lr', '-1', cwd=tmp_path)
     assert p.returncode == 2 and 'lr=-1.0 is not a learning rate' in p.stderr and p.stderr.count('\n') == 1 and p.stdout == ''
 
 
-def test_a_training_that_fails_is_said(tmp_path):
-    p = run('--lr', '1e30', '--num-it', '60', cwd=tmp_path)
-    assert 'the loss is not finite: lower lr' in p.stdout and 'Traceback' not in p.stderr
+def test_a_training_that_fails_is_said(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    main('--lr 1e30 --num-it 60'.split())
+    p = capsys.readouterr()
+    assert 'the loss is not finite: lower lr' in p.out and 'Traceback' not in p.err

@@ -72,7 +72,6 @@ def doubled(learn):
 
 def figures(rank, W):
     "Of `W` processes, in all as many batches per measurement as a single process takes below"
-    torch.manual_seed(rank)  # no two processes have the same random state
     res = []
     for opt,double in product((SGD, Adam), (False, True)):
         learn = digits(opt_func=opt)
@@ -82,10 +81,7 @@ def figures(rank, W):
 
 @pytest.mark.parametrize('W', (2, 4))
 def test_figures_of_a_single_process(W, tmp_path):
-    (tmp_path/'train.py').write_text("import os\nfrom test_distributed import figures, torch\nrank = int(os.environ['RANK'])\n"
-                                     "torch.save(figures(rank, int(os.environ['WORLD_SIZE'])), f'{rank}.pt')\n")
-    start(tmp_path, f'torchrun --nproc_per_node {W} train.py', PYTHONPATH=str(Path(__file__).parent))
-    ranks = [torch.load(tmp_path/f'{r}.pt', weights_only=False) for r in range(W)]
+    ranks = run_processes(tmp_path, W, figures, W, seconds=60)
     for (opt,double),by_rank in zip(product((SGD, Adam), (False, True)), zip(*ranks, strict=True), strict=True):
         learn = digits(same_order(W, 8//W), opt_func=opt)
         one,*_ = find(doubled(learn) if double else learn, 0, num_it=80, n_batch=8, n_train=0, lr=.01)
@@ -347,6 +343,7 @@ def start(folder, *lines, **variables):
     assert not any(p.returncode for p in started), out
     return ''.join(o for o,_ in out)
 
+@pytest.mark.slow
 @pytest.mark.parametrize('where', commands)
 def test_how_to_start_it(where, tmp_path):
     "Each command of the tutorial, on the CPU; with two processes, but `accelerate launch` starts one there"

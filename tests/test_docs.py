@@ -27,6 +27,7 @@ def site(shared_tmp):
     return out,{p: BeautifulSoup(p.read_text(), 'html.parser') for p in out.rglob('*.html')}
 
 
+@pytest.mark.slow
 def test_pages(site):
     out,pages = site
     names = {str(p.relative_to(out).with_suffix('')) for p in pages}
@@ -36,6 +37,7 @@ def test_pages(site):
     assert {out/f'{p}.html' for p in stored if p.name != 'index'} <= listed
 
 
+@pytest.mark.slow
 def test_links_and_pictures_lead_somewhere(site):
     out,pages = site
     wrong = []
@@ -50,6 +52,7 @@ def test_links_and_pictures_lead_somewhere(site):
     assert not wrong
 
 
+@pytest.mark.slow
 def test_nothing_is_loaded_from_elsewhere(site):
     out,pages = site
     loads = ('script', 'src'), ('img', 'src'), ('link', 'href'), ('iframe', 'src'), ('source', 'src')
@@ -57,11 +60,13 @@ def test_nothing_is_loaded_from_elsewhere(site):
     assert not [p for p in out.rglob('*.css') if re.search(r'(url\(|@import)\s*["\']?(https?:)?//', p.read_text())]
 
 
+@pytest.mark.slow
 def test_no_address_of_the_repository(site):
     urls = {a['href'] for page in site[1].values() for a in page.find_all('a', href=True)}
     assert not [u for u in urls if re.search('github|colab', u) and u != 'https://github.com/pradyunsg/furo']  # the theme's author
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name,o', [*public(), *((f'{o.__name__}.{n}', getattr(o, n)) for o,n in patched)], ids=lambda v: v if isinstance(v, str) else '')
 def test_public_names_are_on_the_api_page(site, name, o):
     "Each leads to its signature, its doc, and a table of all its parameters"
@@ -77,6 +82,7 @@ def test_public_names_are_on_the_api_page(site, name, o):
     assert not params or params <= {tr.find(['td', 'th']).get_text() for tr in body.table.find_all('tr')}
 
 
+@pytest.mark.slow
 def test_pages_are_free_of_leftovers(site):
     for path,page in site[1].items():
         assert not page.find('progress') and not page.select('.cell_output div:empty'), path
@@ -105,6 +111,7 @@ def test_quotes_are_what_the_pages_say(path):
         assert _plain(quote) in _content((path.parent/page).resolve()), quote
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('path', texts, ids=lambda p: p.name)
 def test_code_of_the_pages_runs(path, fastai_data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

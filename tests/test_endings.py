@@ -7,10 +7,12 @@ from fastai.basics import Callback, CancelFitException
 import fastai_bs_finder.all
 from footprint import changes, forget, same, state, trained
 from learners import maker
+from tiers import each_pair, in_tiers
 
 kinds = {'tabular': 'tabular: TabularDataLoaders, embeddings', 'image': 'vision: unet_learner, segmentation', 'text': 'text: language_model_learner',
          'loaders of PyTorch': 'plain PyTorch: model and loaders'}
 first,middle,last = 0,9,19
+measured = {first: [], middle: [4], last: [4, 12]}  # the batches at which measurements of 4 end, of those before this one
 
 
 def mocking(learn): return hasattr(learn, 'lr_finder')
@@ -63,7 +65,8 @@ def in_worker(learn, at):
     in_loader(learn, at)
 
 
-endings = {in_model: ValueError, out_of_memory: torch.OutOfMemoryError, in_callback: ValueError, interrupt: KeyboardInterrupt, interrupt_late: KeyboardInterrupt, in_loader: OSError, in_worker: OSError, cancel: None, no_number: None}
+errors = {in_model: ValueError, out_of_memory: torch.OutOfMemoryError, in_callback: ValueError, interrupt: KeyboardInterrupt, interrupt_late: KeyboardInterrupt, in_loader: OSError, in_worker: OSError, cancel: None, no_number: None}
+endings = {break_it.__name__: (break_it, error) for break_it,error in errors.items()}
 
 _untouched = {}
 
@@ -77,18 +80,19 @@ def untouched(make, lr, kind, in_workers):
     return _untouched[kind, in_workers]
 
 
-@pytest.mark.parametrize('at', [first, middle, last])
-@pytest.mark.parametrize('kind', kinds)
-@pytest.mark.parametrize('break_it,error', endings.items(), ids=[f.__name__ for f in endings])
-def test_nothing_remains(break_it, error, kind, at, fastai_data):
-    make,lr = maker(kinds[kind], fastai_data)
+@pytest.mark.parametrize('ending,kind,at', in_tiers(each_pair, list(endings), list(kinds), list(measured)))
+def test_nothing_remains(ending, kind, at, fastai_data):
+    (make,lr),(break_it,error) = maker(kinds[kind], fastai_data),endings[ending]
     def find(learn): return learn.bs_find(lr, 20, 4, show_plot=False)
     learn = make()
     break_it(learn, at)
     was,processes = state(learn),multiprocessing.active_children()
     if error:
         with pytest.raises(error): find(learn)
-    else: assert find(learn).critical is None or at > first
+    else:
+        found = find(learn)
+        assert learn.recorder.bs_stats.batch.tolist() == measured[at]
+        if at == first: assert found == (None, None)
     assert not set(multiprocessing.active_children()) - set(processes)  # others may have ended meanwhile
     forget(learn)
     assert changes(was, state(learn)) == []

@@ -15,6 +15,7 @@ from fastai_bs_finder.all import *
 from fastai_bs_finder.demo import digits_learner
 from footprint import assert_no_footprint, changes, forget, same, state
 from learners import digits, mlp, torch_loaders
+from tiers import each_pair, each_value, in_tiers
 
 
 @pytest.fixture(autouse=True)
@@ -49,11 +50,12 @@ trained = {'new': lambda learn: None, 'trained': lambda learn: learn.fit(1, 1e-3
            'with gradients': lambda learn: (learn.fit(1, 1e-3), learn.model(torch.rand(8, 64)).sum().backward()),
            'in eval mode, partly frozen': lambda learn: (learn.model.eval(), learn.model[0].requires_grad_(False), learn.model[1].train())}
 
-@pytest.mark.parametrize('before', trained.values(), ids=trained.keys())
-@pytest.mark.parametrize('opt_func', [SGD, Adam, partial(OptimWrapper, opt=torch.optim.AdamW)], ids=['SGD', 'Adam', 'OptimWrapper'])
-def test_nothing_changes(before, opt_func):
-    learn = rich_learner(opt_func, cbs=[Remember(), MixUp(.4), ParamScheduler({'lr': SchedCos(1e-2, 1e-4)})])
-    before(learn)
+optimizers = dict(SGD=SGD, Adam=Adam, OptimWrapper=partial(OptimWrapper, opt=torch.optim.AdamW))
+
+@pytest.mark.parametrize('before,opt', in_tiers(each_value, list(trained), list(optimizers)))
+def test_nothing_changes(before, opt):
+    learn = rich_learner(optimizers[opt], cbs=[Remember(), MixUp(.4), ParamScheduler({'lr': SchedCos(1e-2, 1e-4)})])
+    trained[before](learn)
     was = state(learn)
     find(learn)
     forget(learn)
@@ -68,10 +70,9 @@ def train(learn, epochs=2):
 def find(learn): return learn.bs_find(1e-2, 130, show_plot=False)
 
 
-@pytest.mark.parametrize('opt_func', [SGD, Adam, partial(OptimWrapper, opt=torch.optim.AdamW)], ids=['SGD', 'Adam', 'OptimWrapper'])
-@pytest.mark.parametrize('epochs_before', [0, 1])
-def test_training_after_is_bit_identical(opt_func, epochs_before):
-    res = []
+@pytest.mark.parametrize('opt,epochs_before', in_tiers(each_value, list(optimizers), [0, 1]))
+def test_training_after_is_bit_identical(opt, epochs_before):
+    opt_func,res = optimizers[opt],[]
     for finds in (0, 1, 2):
         learn = rich_learner(opt_func)
         if epochs_before: train(learn, epochs_before)
@@ -91,17 +92,15 @@ class Break(Callback):
         setattr(self, event, f)
 
 
-@pytest.mark.parametrize('error', [RuntimeError('broken'), KeyboardInterrupt(), torch.OutOfMemoryError('no memory')], ids=lambda e: type(e).__name__)
-@pytest.mark.parametrize('at', [0, 15])
-@pytest.mark.parametrize('event', ['before_batch', 'after_pred', 'after_batch'])
+@pytest.mark.parametrize('error,at,event', in_tiers(each_pair, [RuntimeError, KeyboardInterrupt, torch.OutOfMemoryError], [0, 15], ['before_batch', 'after_pred', 'after_batch']))
 def test_an_exception_leaves_no_trace(error, at, event):
     res = []
     for broken in (False, True):
-        learn = rich_learner(cbs=Break(error, at, event))
+        learn = rich_learner(cbs=Break(error('broken'), at, event))
         train(learn, 1)
         was = state(learn)
         if broken:
-            with pytest.raises(type(error)): find(learn)
+            with pytest.raises(error): find(learn)
             assert changes(was, state(learn)) == []
         res.append(train(learn, 1))
     assert same(*res)
@@ -290,6 +289,7 @@ def lines_after_the_block(learn, at):
     return pressed
 
 
+@pytest.mark.slow
 def test_an_interrupt_at_any_line_of_the_end_leaves_no_trace():
     learn = own()
     was,at = state(learn),1
@@ -582,9 +582,9 @@ odd = {
 }
 
 @pytest.mark.filterwarnings('ignore:Sparse CSR')
-@pytest.mark.parametrize('before', ['new', 'trained'])
-@pytest.mark.parametrize('make', odd.values(), ids=odd.keys())
-def test_state_of_any_class(make, before):
+@pytest.mark.parametrize('kind,before', in_tiers(each_value, list(odd), ['new', 'trained']))
+def test_state_of_any_class(kind, before):
+    make = odd[kind]
     assert_no_footprint(make if before == 'new' else after_a_fit(make), lambda learn: learn.bs_find(1e-2, 20, 4, show_plot=False), lambda learn: learn.fit(1, 1e-2))
 
 

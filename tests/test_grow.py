@@ -169,7 +169,7 @@ def test_on_the_learner_for_good():
     assert learn.dls.bs == 16 and not hasattr(learn.recorder, 'bs_changes')
     fit(learn, 1, [])
     assert learn.recorder.bs_changes.bs.tolist() == [16, 32, 64] and learn.dls.bs == 16
-    assert learn.recorder.metric_names[-2] == 'bs' or 'bs' in learn.recorder.metric_names
+    assert learn.recorder.metric_names[-3:] == ['bs', 'noise_scale', 'time']
     learn.remove_cb(GrowBatch)
     assert not any(isinstance(o, (NoiseScale, AccumulateGrads)) for o in learn.cbs)
 

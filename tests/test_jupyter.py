@@ -133,6 +133,7 @@ def is_answer(text):
 def is_suggestion(text): return re.fullmatch(r'SuggestedBS\(critical=\d+, fastest=(\d+|None)\)', text)
 
 
+@pytest.mark.slow
 def test_a_bar_that_moves_then_the_answer_and_the_picture(notebook):
     notebook.page.evaluate(watch)
     said,picture = notebook.run(find).outputs
@@ -145,6 +146,7 @@ def test_a_bar_that_moves_then_the_answer_and_the_picture(notebook):
     assert is_suggestion(sug)
 
 
+@pytest.mark.slow
 def test_as_the_value_of_a_cell(notebook):
     said,value,picture = notebook.run('learn.bs_find(lr=.1, num_it=100)').outputs
     assert is_answer(said) and value.startswith('SuggestedBS(') and picture == 'picture'
@@ -153,6 +155,7 @@ def test_as_the_value_of_a_cell(notebook):
     assert notebook.run('plt.get_fignums()').outputs == ['[]']
 
 
+@pytest.mark.slow
 def test_no_word_is_broken(notebook):
     text = notebook.run('learn.bs_find(lr=.1, num_it=100, show_plot=False);').cell.locator('.jp-RenderedText pre').first
     broken = text.evaluate("""o => {
@@ -166,6 +169,7 @@ def test_no_word_is_broken(notebook):
     assert broken == []
 
 
+@pytest.mark.slow
 def test_tab_and_question_mark(notebook):
     from playwright.sync_api import TimeoutError
     text = notebook.type('learn.bs_f').locator('.cm-content')
@@ -180,6 +184,7 @@ def test_tab_and_question_mark(notebook):
     assert '# Number of batches to spend; `None`: one epoch' in shown
 
 
+@pytest.mark.slow
 def test_the_stop_button_leaves_the_learner_as_it_was(notebook):
     notebook.run('from footprint import *\nlearn = digits_learner()\nwas = state(learn)')
     cell = notebook.start('learn.bs_find(lr=.1, num_it=100_000)')
@@ -195,6 +200,7 @@ def test_the_stop_button_leaves_the_learner_as_it_was(notebook):
     assert is_answer(said) and picture == 'picture'
 
 
+@pytest.mark.slow
 def test_a_notebook_that_nobody_watches(env, tmp_path):
     nbformat.write(new_notebook(cells=[new_code_cell(o) for o in (make, find, answer)]), tmp_path/'a.ipynb')
     done = subprocess.run([sys.executable, '-m', 'nbconvert', '--to', 'notebook', '--execute', '--inplace', 'a.ipynb'], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)

@@ -99,6 +99,7 @@ def test_without_a_result():
     with pytest.raises(ValueError, match='run learn.bs_find'): digits_learner().recorder.plot_bs_find()
 
 
+@pytest.mark.slow
 def test_a_notebook_shows_it_once(tmp_path):
     import nbformat
     from nbclient import NotebookClient

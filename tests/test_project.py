@@ -5,6 +5,7 @@ from pathlib import Path
 import pandas as pd, pytest, yaml
 import fastai_bs_finder
 
+import data
 from learners import applications
 from test_callbacks import rows
 
@@ -57,11 +58,18 @@ def test_the_oldest_versions_are_the_bounds():
 @pytest.mark.parametrize('path', sorted((root/'.github/workflows').glob('*.yml')), ids=lambda p: p.name)
 def test_what_the_workflows_run_is_there(path):
     jobs = yaml.safe_load(path.read_text())['jobs'].values()
-    commands = [step['run'] for job in jobs for step in job['steps'] if 'run' in step]
+    rows = [row for job in jobs for row in job.get('strategy', {}).get('matrix', {}).get('include', [])]
+    commands = [step['run'] for job in jobs for step in job['steps'] if 'run' in step] + [row['command'] for row in rows]
     for c in commands:
         if c.startswith('make'): assert re.search(f'^{c.split()[1]}:', (root/'Makefile').read_text(), re.M), c
         if c.startswith('.ci'): assert (root/c).exists()
     assert commands or 'publish' in path.read_text()
+
+
+def test_the_data_sets_of_the_tests_are_fetched():
+    "fastai lays out each under the name of its archive, which is the one that the tests ask for"
+    assert all(url.endswith(f'/{name}.tgz') for name,url in data.urls.items())
+    assert {data_set for _,data_set,_ in applications.values() if data_set} | {'mnist_png'} == {*data.urls, *data.without_url}
 
 
 def test_readme_is_the_index_notebook(monkeypatch):

@@ -100,10 +100,14 @@ def test_what_it_says(capsys):
 def test_the_answer_of_bs_find_and_its_advice(capsys):
     learn = digits_learner()
     sug = learn.bs_find(.1, 300, show_plot=False)
+    def said(bs):
+        learn.set_bs(bs)
+        return capsys.readouterr().out.splitlines()[-1]
+    n,row = learn.dls.train.n,learn.recorder.bs_table.loc[64]
+    assert said(64) == f"Batches of 64 examples, {-(-n//64)} steps per epoch. bs_find's advice for it: lr≈{row.lr:.2g}, about {row.epochs:.2g} times the epochs."
+    assert said(16) == f'Batches of 16 examples, {-(-n//16)} steps per epoch.'  # the size that was measured with
     learn.set_bs(sug)
     assert learn.dls.bs == (sug.fastest or sug.critical)
-    row = learn.recorder.bs_table.loc[learn.dls.bs]
-    assert "bs_find's advice for it: lr≈" in capsys.readouterr().out.splitlines()[-1] or learn.dls.bs == 16
     Sug = namedtuple('Sug', 'critical fastest')
     assert learn.set_bs(Sug(32, None)).dls.bs == 32 and learn.set_bs(Sug(32, 48)).dls.bs == 48
     with pytest.raises(ValueError, match='no batch size in Sug'): learn.set_bs(Sug(None, None))

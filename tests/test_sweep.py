@@ -182,7 +182,7 @@ class Interrupt(Callback):
         if self.n == self.at: self.do()
 
 
-@pytest.mark.parametrize('at', (1, 60, 120))
+@pytest.mark.parametrize('at', (pytest.param(1, marks=pytest.mark.slow), 60, pytest.param(120, marks=pytest.mark.slow)))
 def test_interrupt_and_resume(at, capsys):
     "What is finished is returned, and not trained again"
     whole = sized(digits_learner())
@@ -412,6 +412,7 @@ def test_what_it_says_and_shows(capsys):
     with pytest.raises(ValueError, match='no sweep to plot'): digits_learner().recorder.plot_bs_sweep()
 
 
+@pytest.mark.slow
 def test_mnist(mnist):
     "784-128-10 to training loss 0.2: steps of about 66·(1 + 154/bs), and the noise scale along the way is the critical batch size to a factor of 2"
     class Digits(torch_data.Dataset):

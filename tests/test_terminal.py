@@ -6,7 +6,7 @@ import pytest
 pexpect = pytest.importorskip('pexpect', reason='needs pexpect')
 pyte = pytest.importorskip('pyte', reason='needs pyte, a terminal emulator')
 
-pytestmark = pytest.mark.skipif(sys.platform == 'win32', reason='needs a pseudo-terminal')
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform == 'win32', reason='needs a pseudo-terminal')]
 tests = Path(__file__).parent
 shells = dict(python=['-q'], ipython=['-m', 'IPython', '--no-banner', '--no-confirm-exit', '--colors=nocolor'])
 progress = re.compile(r' \|█*-*\| [\d.]+% \[(\d+)/\d+ .*\]')

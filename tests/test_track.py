@@ -22,6 +22,7 @@ from fastai_bs_finder.track import NoiseScale
 from footprint import same, trained
 from learners import Stream, applications, digits, loaders, maker
 from reference import ema, flat_grad, paper_estimate, per_example_truth
+from tiers import each_value, in_tiers
 
 
 def often(**kwargs): return NoiseScale(**(dict(share=None, n_batch=3, every=3) | kwargs))
@@ -71,14 +72,15 @@ def test_a_training_too_short_to_measure(capsys, share, words):
     assert f'The noise scale was not measured: {words}' in capsys.readouterr().out and not len(learn.recorder.noise_scale)
 
 
-@pytest.mark.parametrize('cbs', ([], [partial(MixUp)], [partial(GradientClip, .1)], [partial(GradientAccumulation, 32)], [partial(AccumulateGrads, 40)]), ids=str)
-@pytest.mark.parametrize('how', ('fit', 'fit_one_cycle'))
-def test_no_trace(cbs, how):
-    assert_no_trace(dropout_and_batch_norm, lambda learn, cbs_=cbs, cbs=(): quiet_fit(learn, 2, [*cbs, *(c() for c in cbs_)], how), often())
+callbacks = {'none': list, 'MixUp': lambda: [MixUp()], 'GradientClip': lambda: [GradientClip(.1)], 'GradientAccumulation': lambda: [GradientAccumulation(32)],
+             'AccumulateGrads': lambda: [AccumulateGrads(40)]}
+
+@pytest.mark.parametrize('others,how', in_tiers(each_value, list(callbacks), ['fit', 'fit_one_cycle']))
+def test_no_trace(others, how):
+    assert_no_trace(dropout_and_batch_norm, lambda learn, cbs=(): quiet_fit(learn, 2, [*cbs, *callbacks[others]()], how), often())
 
 
-slow_to_train = 'vision: unet_learner, segmentation',
-@pytest.mark.parametrize('name', [n for n in applications if 'stream' not in n and n not in slow_to_train])
+@pytest.mark.parametrize('name', [pytest.param(n, marks=[pytest.mark.slow]*('vision' in n)) for n in applications if 'stream' not in n and 'unet' not in n])
 def test_no_trace_on_any_kind_of_learner(name, fastai_data):
     "In the loss, the weights, the optimizer, the random states"
     make,lr = maker(name, fastai_data)
@@ -216,6 +218,7 @@ def test_loss_scaling(window, monkeypatch):
     np.testing.assert_allclose(a[['noise', 'scale', 'opt_noise', 'opt_scale']], b[['noise', 'scale', 'opt_noise', 'opt_scale']], rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_agrees_with_bs_find_and_the_truth():
     "At weights that do not move"
     X,y = digits()
@@ -236,8 +239,7 @@ def test_agrees_with_bs_find_and_the_truth():
     for row in (tracked, window, found.recorder.bs_stats.iloc[-1]): assert row.lo < S/G2 < row.hi and row.hi < 3*row.lo
 
 
-@pytest.mark.parametrize('share', (.05, .1, .5))
-@pytest.mark.parametrize('window', (False, True))
+@pytest.mark.parametrize('share,window', in_tiers(each_value, [.05, .1, .5], [False, True]))
 def test_cost(share, window, monkeypatch):
     "By a clock that only the training and the measuring move"
     now = [0.]

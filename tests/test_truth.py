@@ -1,5 +1,6 @@
 "bs_find at frozen weights against the truth from per-example gradients: bias, spread, and the coverage of the interval"
 import math, random
+from itertools import product
 
 import numpy as np, pytest, torch
 from sklearn.datasets import load_digits
@@ -8,6 +9,7 @@ from fastai.basics import CrossEntropyLossFlat, DataLoader, DataLoaders, L, Lear
 
 from fastai_bs_finder.all import *
 from reference import mlp_truth, per_example_grads, per_example_truth
+from tiers import each_value, in_tiers
 
 X,y = load_digits(return_X_y=True)
 X,y = torch.tensor(X/16).float(),torch.tensor(y)
@@ -62,8 +64,7 @@ def test_the_two_truths_agree(trained):
         assert S/G2 == pytest.approx(truth, rel=1e-4)
 
 
-@pytest.mark.parametrize('epoch', [0, 3])
-@pytest.mark.parametrize('dl_class', [DataLoader, VaryingSizes])
+@pytest.mark.parametrize('epoch,dl_class', in_tiers(each_value, [0, 3], [DataLoader, VaryingSizes]))
 def test_four_long_measurements(trained, epoch, dl_class):
     model,truth = trained(epoch)
     rows,_ = runs(model, 30, 20, dl_class)
@@ -75,16 +76,15 @@ def test_four_long_measurements(trained, epoch, dl_class):
     assert rmse <= .2
 
 
-@pytest.mark.parametrize('epoch', [0, 3])
-@pytest.mark.parametrize('varying', [False, True])
-def test_the_interval_covers_the_truth(trained, epoch, varying):
-    """500 times 16 measurements of 5 batches, from the inner products of all per-example gradients.
+@pytest.mark.parametrize('epoch,varying,times', [(3, True, 100), *(pytest.param(*row, 500, marks=pytest.mark.slow) for row in product([0, 3], [False, True]))])
+def test_the_interval_covers_the_truth(trained, epoch, varying, times):
+    """Many times 16 measurements of 5 batches, from the inner products of all per-example gradients.
 
     Without replacement, 1,280 of 1,797 examples tell more than the interval knows: it covers somewhat more than 95 %"""
     model,truth = trained(epoch)
     g = per_example_grads(model, X, y)
     K,rng,covered = (g @ g.T).numpy(),np.random.default_rng(0),[]
-    for _ in range(500):
+    for _ in range(times):
         sizes = rng.integers(1, 33, 80) if varying else np.full(80, 16)
         idx = rng.permutation(len(X))[:sizes.sum()]
         starts = np.cumsum(sizes) - sizes
@@ -99,6 +99,7 @@ def test_the_interval_covers_the_truth(trained, epoch, varying):
     assert .9 <= np.mean(covered) < 1
 
 
+@pytest.mark.slow
 def test_the_interval_of_bs_find_covers_the_truth(trained):
     model,truth = trained(1)
     rows,_ = runs(model, 100, 5)
@@ -108,6 +109,7 @@ def test_the_interval_of_bs_find_covers_the_truth(trained):
     assert .9 <= covered <= .99
 
 
+@pytest.mark.slow
 def test_an_honest_at_least_where_the_data_do_not_suffice(trained):
     model,truth = trained(8)
     rows,sugs = runs(model, 100, 5)
@@ -116,6 +118,7 @@ def test_an_honest_at_least_where_the_data_do_not_suffice(trained):
     assert truth > 400
     assert covered >= .9
     assert np.mean(no_end) > .5
+    assert any(s.critical for s in sugs)
     for r,s,open_end in zip(rows, sugs, no_end):
         assert s.critical is None or 1 <= s.critical <= len(X)
         if open_end and s.critical: assert 'at least' in r['said'] and s.critical <= r['lo']

@@ -18,6 +18,7 @@ def few_people(source, to):
     pd.read_csv(source/'adult.csv').head(8000).to_csv(to/'adult.csv', index=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name,data,less', [('00_tutorial.mnist', 'mnist_png', few_digits), ('01_train', 'adult_sample', few_people)])
 def test_its_code_runs(name, data, less, fastai_data, tmp_path):
     less(fastai_data(data), tmp_path/'data'/data)

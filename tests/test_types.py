@@ -2,6 +2,7 @@
 import os, subprocess, sys
 from pathlib import Path
 
+import pytest
 import fastai_bs_finder
 
 root = Path(__file__).parents[1]
@@ -27,6 +28,7 @@ def mypy(*args, cwd):
     return subprocess.run([sys.executable, '-m', 'mypy', '--ignore-missing-imports', '--follow-imports', 'silent', *map(str, args)], cwd=cwd, env=os.environ | dict(MYPYPATH=str(root)), capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_the_signatures_and_their_use(tmp_path):
     "Of each module what stubgen writes down"
     subprocess.run([Path(sys.executable).with_name('stubgen'), '-q', '-o', tmp_path/'stubs', root/'fastai_bs_finder'], check=True, cwd=tmp_path)
