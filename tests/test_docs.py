@@ -124,5 +124,5 @@ def test_code_of_the_pages_runs(path, fastai_data, tmp_path, monkeypatch):
     for line in ''.join(text for lang,text in blocks if lang == 'sh').splitlines():
         command = re.sub(r'\s*#.*', '', line).split()
         assert (Path(sys.executable).parent/command[0]).exists() or command[0] == 'make', line
-        if command[0] == 'torchrun': assert f'`{line}`' in (root/'nbs/03_distributed.ipynb').read_text(), line  # whose commands test_distributed runs
+        if command[0] == 'torchrun': assert f'`{line}`' in (root/'nbs/03_distributed.ipynb').read_text(), line  # whose commands test_processes runs
         if command[0] == 'make': assert re.search(f'^{command[1]}:', (root/'Makefile').read_text(), re.M), line
