@@ -16,8 +16,8 @@ from statistics import median
 import numpy as np, pandas as pd, torch, matplotlib.pyplot as plt
 from fastcore.basics import patch
 from fastcore.foundation import L
-from fastai.callback.core import (Callback, CancelBackwardException, CancelBatchException, CancelEpochException, CancelFitException, CancelStepException, CancelTrainException, CancelValidException,
-                                  TrainEvalCallback)
+from fastai.callback.core import (Callback, CancelBackwardException, CancelBatchException, CancelEpochException, CancelFitException,
+                                  CancelStepException, CancelTrainException, CancelValidException, TrainEvalCallback)
 from fastai.callback.schedule import ParamScheduler
 from fastai.callback.training import GradientAccumulation
 from fastai.learner import Recorder, ValueMetric
@@ -31,115 +31,106 @@ from .predict import noise_in_use, _num, _say
 from .snapshot import Snapshot, training_tensors, _CtrlC, _global_state
 from .steps import batch_size, len_or_none, loss_scale, out_of_memory, n_examples, second_loader, synchronize, _whole
 
-# %% ../nbs/14_track.ipynb #11b01695
-class NoiseScale(_AsideCallback):
-    "Measure the gradient noise scale along a training, without a trace in it: `learn.recorder.noise_scale`, `plot_noise_scale()`, and a column in the progress table and in what loggers log"
-    order,run_valid = AccumulateGrads.order + 1,False
-    def __init__(self,
-        every:int=1, # Number of training batches from one measurement to the next, at least
-        n_batch:int=8, # Number of batches per measurement, 2 or more; where gradients are accumulated, a window is a measurement; where several processes train together, the batches of some steps
-        beta:float=.9, # EMA factor over measurements, in [0, 1)
-        share:float|None=.04, # Part of the training time that measurements may take, in (0, 1]: they wait until there is time for them; `None`: as much as it takes
-    ):
-        _whole('every', every, 1)
-        _whole('n_batch', n_batch, 2)
-        NoiseAverage(beta)
-        if share is not None and (not isinstance(share, Real) or isinstance(share, bool) or not 0 < share <= 1):
-            raise ValueError(f"share={share!r} is not a number in (0, 1]: give the part of the training time that measurements may take, 0.05 for example, or None for as much as it takes")
-        self.every,self.n_batch,self.beta,self.share = every,n_batch,beta,share
-        self._metric,self._rows,self._handles,self.seconds,self._trained,self._start = ValueMetric(self._latest, 'noise_scale'),[],[],0.,0.,None
-        self.columns = [self._metric]
-        self._release()
-
-    def _release(self): self._meter,self._source,self._batches,self._rng,self._grads,self._A,self._began = None,None,None,None,None,None,None
-
-    def _latest(self):
-        last = noise_in_use(pd.DataFrame(self._rows[-1:])).iloc[0] if self._rows and self._meter else None
-        return math.nan if last is None or not last.scale > 0 else float(last.noise_scale)
-
-    def before_fit(self):
-        self.tidy()
-        if hasattr(self.learn, 'recorder'): self.learn.metrics = self.learn.metrics + self.columns
-
-    def _begin_training(self):
-        self._rows,self.seconds,self._trained,self._start,self._off = [],0.,0.,None,False
-        self._processes = Processes(self.learn)
-        if self._processes.size > 1 and (foreign := [o for o in self.learn.cbs if isinstance(o, GradientAccumulation) and not isinstance(o, AccumulateGrads)]):
-            raise ValueError(f"NoiseScale reads the gradients of several processes along with AccumulateGrads only: take {foreign[0]!r} off, and use AccumulateGrads({foreign[0].n_acc})")
-        if len_or_none(self.dls.train) == 1 and not self._window and self._processes.size == 1: raise ValueError("An epoch is a single batch, and the noise scale takes two: train with smaller batches, or accumulate the gradients of several, AccumulateGrads")
-        self._meter,self._left,self._adaptive = OptMeter(self.opt, self.beta),0,False
-        self._steps,self._seen,self._since,self._collecting = 0,0,0,False
-        self._costs,self._parts,self._wait,self._plain = [],[],self.every if self.share is None else max(self.every, self.n_batch),None
-        self._publish()
-
-    def tidy(self):
-        "Take the column and the hooks off the learner; the measurements stay"
-        self._unhook()
-        if self.learn and any(o is self._metric for o in self.learn.metrics): self.learn.metrics = L(o for o in self.learn.metrics if not any(o is c for c in self.columns))
-        if self._meter:
-            self._stop_clock()
-            self._publish()
-        self._release()
-
-    def after_fit(self):
-        speaks = self._meter is not None and self._processes.rank == 0
-        self.tidy()
-        if speaks: _say(self.learn, self._in_words())
-
-# %% ../nbs/14_track.ipynb #49c3413a
-@patch(as_prop=True)
-def stats(self:NoiseScale) -> pd.DataFrame:
-    "The measurements so far, a row each, and in `attrs` what they were taken with and what they cost"
-    res = pd.DataFrame(self._rows, columns=['batch', 'epoch', 'step', 'samples', 'loss', 'bs', 'lr', *_columns(average := NoiseAverage()), *_columns(average, 'opt_')])
-    res.attrs.update(n_batch=self.n_batch, beta=self.beta, opt='adam' if self._adaptive else 'sgd', bs=int(res.bs.iloc[-1]) if len(res) else 0, suggested={}, seconds=self.seconds, train_seconds=self._train_seconds())
-    return res
-
-@patch
-def _publish(self:NoiseScale):
-    if hasattr(self.learn, 'recorder'): vars(self.recorder)['noise_scale'] = self.stats  # past fastai's warning: the learner calls this callback so, too
-
-@patch
-def after_epoch(self:NoiseScale):
-    self._stop_clock()
-    if self._meter: self._publish()
-
-@patch
-def _in_words(self:NoiseScale):
-    if not self._rows: return "The noise scale was not measured: " + f"train longer, or {f'lower every={self.every}' if self.share is None else f'raise share={self.share}'}."
-    x,share = noise_in_use(self.stats),self.seconds/max(self._train_seconds(), 1e-9)
-    known = x[x.noise_scale > 0]
-    where = f"{len(x)} measurement{'s' if len(x) > 1 else ''} of the noise scale, {share:.1%} of the training time"
-    last = x.iloc[-1]
-    if not len(known) or not last.noise_scale > 0 and last.hi != math.inf or last.hi == math.inf and last.lo < 1: return f"{where}: the gradient drowns in its noise. Take more batches per measurement, n_batch={4*self.n_batch} for example."
-    at_end = f"at least {_num(last.lo)}" if last.hi == math.inf else _num(last.noise_scale) if math.isnan(last.hi) else f"{_num(last.noise_scale)} (95% interval {_num(last.lo)} to {_num(last.hi)})"
-    return f"{where}: {at_end} examples at the end."
-
 # %% ../nbs/14_track.ipynb #0f943c03
+class Schedule:
+    "When to measure: by the batches since the last measurement, and by the seconds that training and measuring took"
+    def __init__(self,
+        every:int=1, # Number of batches from one measurement to the next, at least
+        share:float|None=None, # Part of the training time that measurements may take, beyond one per epoch; `None`: as much as it takes
+    ):
+        self.every,self.share = every,share
+        self.wait = None  # number of batches until there is time for the next one, where processes have agreed on it
+        self.since,self.measured_in_epoch = 0,False
+        self.seconds,self.costs = 0.,[]
+        self._trained,self._started,self._paused = 0.,None,0.
+
+    @property
+    def train_seconds(self) -> float:
+        "Seconds of training so far, without those of measuring"
+        return self._trained + (0. if self._started is None else time.perf_counter() - self._started - self._paused)
+
+    @property
+    def cost(self) -> float|None:
+        "Seconds of a measurement, as the last ones took, but for one that something held up; `None` before the first"
+        return median(self.costs[-5:]) if self.costs else None
+
+    def begin_epoch(self):
+        "Start the clock"
+        self.stop_clock()  # an epoch may have been cancelled
+        self.measured_in_epoch,self._started,self._paused = False,time.perf_counter(),0.
+
+    def stop_clock(self): self._trained,self._started = self.train_seconds,None
+
+    def spend(self, seconds):
+        "Take the seconds from training to measuring"
+        self.seconds += seconds
+        self._paused += seconds
+
+# %% ../nbs/14_track.ipynb #c64c42d3
 @patch
-def _train_seconds(self:NoiseScale): return self._trained + (time.perf_counter() - self._start - self._paused if self._start is not None else 0)
+def due(self:Schedule,
+    batches:int=0, # Number of batches from now on that will be in the measurement
+    cost:float=0., # Seconds that it will take
+    last:bool=False, # Is this the epoch's last opportunity?
+) -> bool: # Whether to measure now
+    "Is a measurement due?"
+    if self.since + batches < self.every: return False
+    if self.share is None or last and not self.measured_in_epoch: return True
+    return self.seconds + cost <= self.share*self.train_seconds if self.wait is None else self.since + batches >= self.wait
 
 @patch
-def before_train(self:NoiseScale):
-    if self._meter is None: self._begin_training()
-    self._collecting = False
-    self._stop_clock()  # an epoch may have been cancelled
-    self._start,self._paused = time.perf_counter(),0.
+def end(self:Schedule,
+    cost:float, # Seconds that the measurement took
+    taken:bool, # Is there one? Else it was not finite
+):
+    "A measurement is over"
+    self.costs.append(cost)
+    self.since,self.measured_in_epoch = 0,self.measured_in_epoch or taken
 
 @patch
-def _stop_clock(self:NoiseScale): self._trained,self._start = self._train_seconds(),None
+def batches_to_wait(self:Schedule,
+    cost:float, # Seconds of the next measurement
+    n_trained:int, # Number of batches trained so far
+) -> float: # Number of batches until there is time for it; never less than `every`
+    "From the seconds that are missing to a number of batches"
+    if self.share is None: return self.every
+    missing = (self.seconds + cost)/self.share - self.train_seconds
+    return max(self.every, missing*n_trained/self.train_seconds)
 
-@patch
-def after_train(self:NoiseScale): self._stop_clock()
+# %% ../nbs/14_track.ipynb #556c2806
+class Collector:
+    "Gets the gradients of a measurement; `NoiseScale` calls its methods at the events of the training"
+    def __init__(self,
+        tracker, # The `NoiseScale`
+    ):
+        self.tracker,self.learn,self.meter,self.schedule = tracker,tracker.learn,tracker.meter,tracker.schedule
 
-@patch
-def _spend(self:NoiseScale, seconds):
-    self.seconds += seconds
-    self._paused += seconds
+    def begin_epoch(self): pass
+    def before_backward(self): pass
+    def after_backward(self): pass
+    def before_step(self): pass
+    def after_batch(self): self.schedule.since += 1
+    def end_epoch(self): pass
+    def close(self): "Leave nothing on the model; the training may have broken off"
+    def due(self, *args, **kwargs): return not self.tracker.out_of_memory and self.schedule.due(*args, **kwargs)
 
-@patch(as_prop=True)
-def _cost(self:NoiseScale):
-    "Seconds of a measurement, as the last ones took, but for one that something held up"
-    return median(self._costs[-5:]) if self._costs else None
+# %% ../nbs/14_track.ipynb #ed639114
+_shaping = 'before_batch', 'after_pred', 'after_loss', 'before_backward'
+_cancels = (CancelBackwardException, CancelBatchException, CancelEpochException, CancelFitException, CancelStepException,
+            CancelTrainException, CancelValidException)
+_silent = ParamScheduler, GradientAccumulation, TrainEvalCallback, Recorder
+
+class _TakeGradient(Callback):
+    "Hands the gradients to a meter, before any other callback sees them"
+    order = -100
+    def __init__(self, meter): self.meter,self.loss_sum = meter,0.
+    def after_backward(self):
+        params,bs,scale = self.meter.params,n_examples(self.learn),loss_scale(self.learn)
+        if bs and any(p.grad is not None for p in params):
+            added = self.meter.sums.add([p.grad for p in params], bs, scale or 1., skip_nonfinite=scale is not None)
+            if added: self.loss_sum = self.loss_sum + self.learn.loss.detach().mean()*bs
+        for p in params: p.grad = None
+        raise CancelBatchException  # the gradient was all that was wanted of the batch
 
 @contextmanager
 def _no_garbage_collection():
@@ -150,206 +141,355 @@ def _no_garbage_collection():
     finally:
         if collects: gc.enable()
 
+# %% ../nbs/14_track.ipynb #ea17f036
+class OwnPass(Collector):
+    "Measures between two batches of the training, on batches of its own"
+    def __init__(self, tracker):
+        super().__init__(tracker)
+        self._loader,self._batches,self._left_in_pass,self._random_states = None,None,0,None
+
+    def after_batch(self):
+        super().after_batch()
+        self._measure_if_due(last=self.learn.iter >= self.learn.n_iter - 1)
+
+    def end_epoch(self): self._measure_if_due(last=True)
+
+    def _measure_if_due(self, last):
+        like_training = self.tracker.n_batch*self.schedule.train_seconds/(self.learn.train_iter or 1)
+        if not self.due(0, like_training if self.schedule.cost is None else self.schedule.cost, last): return
+        synchronize(self.learn.loss.device)
+        start,n_rows = time.perf_counter(),len(self.tracker.rows)
+        with _no_garbage_collection(): self.measure()
+        cost = time.perf_counter() - start
+        self.schedule.spend(cost)
+        self.schedule.end(cost, len(self.tracker.rows) > n_rows)
+
+    def measure(self):
+        "A measurement at the present weights, after which everything else is what it was"
+        learn,ctrl_c,take = self.learn,_CtrlC(),_TakeGradient(self.meter)
+        params = list({id(p): p for p in (*self.meter.params, *learn.model.parameters())}.values())
+        cbs = L(o for o in learn.cbs if any(hasattr(o, e) for e in _shaping) and not isinstance(o, (*_silent, NoiseScale)))
+        but = [*training_tensors(learn), *(o for o in learn.cbs if not any(o is c for c in cbs))]
+        grads,snapshot = [p.grad for p in params],Snapshot(learn, but)
+        take.learn = learn
+        try:
+            for p in params: p.grad = None
+            learn.cbs = cbs + [take]
+            self._take_gradients()
+        except Exception as e:
+            if not out_of_memory(e): raise
+            self.tracker.out_of_memory = True  # no more of it: the training may have what it needs
+        finally:
+            ctrl_c.hold()
+            snapshot.restore()
+            for p,g in zip(params, grads): p.grad = g
+            ctrl_c.release()
+        if self.meter.n_batch > 1 and not self.tracker.out_of_memory: self.tracker.note(take.loss_sum/self.meter.sums.samples)
+
+# %% ../nbs/14_track.ipynb #f3f84506
 @patch
-def _due(self:NoiseScale, batches, cost):
-    return not self._off and batches >= self.every and (self.share is None or self.seconds + cost <= self.share*self._train_seconds())
-
-@patch
-def after_batch(self:NoiseScale):
-    self._seen += n_examples(self.learn)*self._processes.size
-    if self._processes.size == 1: self._since += 1
-    if self._collects: return
-    cost = self.n_batch*self._train_seconds()/(self.train_iter or 1) if self._cost is None else self._cost
-    if not self._due(self._since, cost): return
-    synchronize(self.learn.loss.device)
-    start = time.perf_counter()
-    with _no_garbage_collection(): self._measure()
-    self._spend(took := time.perf_counter() - start)
-    self._costs.append(took)
-
-@patch
-def after_step(self:NoiseScale): self._steps += 1
-
-@patch
-def after_cancel_step(self:NoiseScale): self._steps -= 1  # `after_step` follows
-
-# %% ../nbs/14_track.ipynb #ed639114
-_shaping = 'before_batch', 'after_pred', 'after_loss', 'before_backward'
-_cancels = CancelBackwardException, CancelBatchException, CancelEpochException, CancelFitException, CancelStepException, CancelTrainException, CancelValidException
-_silent = ParamScheduler, GradientAccumulation, TrainEvalCallback, Recorder, NoiseScale
-
-class _TakeGradient(Callback):
-    "Hands the gradients to a meter, before any other callback sees them"
-    order = -100
-    def __init__(self, meter): self.meter,self.loss_sum = meter,0.
-    def after_backward(self):
-        params,bs = self.meter.params,n_examples(self.learn)
-        scale = loss_scale(self.learn)
-        if bs and any(p.grad is not None for p in params) and self.meter.sums.add([p.grad for p in params], bs, scale or 1., skip_nonfinite=scale is not None): self.loss_sum = self.loss_sum + self.learn.loss.detach().mean()*bs
-        for p in params: p.grad = None
-        raise CancelBatchException  # the gradient was all that was wanted of the batch
-
-@patch
-def _next(self:NoiseScale):
-    for _ in range(2):
-        for b in self._batches: return b
-        self._batches = iter(self._source)
-    raise ValueError("The training loader yields no batch: NoiseScale has nothing to measure")
-
-@patch
-def _measure(self:NoiseScale):
-    learn,ctrl_c = self.learn,_CtrlC()
-    params = list({id(p): p for p in (*self._meter.params, *learn.model.parameters())}.values())
-    cbs = L(o for o in learn.cbs if any(hasattr(o, e) for e in _shaping) and not isinstance(o, _silent))
-    but = [*training_tensors(learn), *(o for o in learn.cbs if not any(o is c for c in cbs))]
-    grads,snapshot = [p.grad for p in params],Snapshot(learn, but)
-    take = _TakeGradient(self._meter)
-    take.learn = learn
-    try:
-        for p in params: p.grad = None
-        if self._rng is None: set_seed(0)
-        else:
-            for setter,state in self._rng: setter(state)
-        learn.cbs = cbs + [take]
-        if hasattr(learn.model, 'reset'): learn.model.reset()
-        self._meter.begin(self._rows)
-        n = self._whole_pass()
-        for _ in range(n*(n > 1)):
-            learn._split(learn._set_device(self._next()))
-            try:
-                learn('before_batch')
-                learn._do_one_batch()
-            except _cancels: pass
-        self._left -= n
-        self._rng = _global_state()
-    except Exception as e:
-        self._off = out_of_memory(e)  # the training may have what it needs
-        if not self._off: raise
-    finally:
-        ctrl_c.hold()
-        snapshot.restore()
-        for p,g in zip(params, grads): p.grad = g
-        ctrl_c.release()
-    self._since = 0
-    if self._meter.n_batch > 1 and not self._off: self._note(take.loss_sum/self._meter.sums.samples)
+def _take_gradients(self:OwnPass):
+    "Run some batches through the learner's loop, up to the backward pass"
+    learn = self.learn
+    if self._random_states is None: set_seed(0)
+    else:
+        for setter,state in self._random_states: setter(state)
+    if hasattr(learn.model, 'reset'): learn.model.reset()
+    self.meter.begin(self.tracker.rows)
+    n = self._batches_of_a_measurement()
+    for _ in range(n*(n > 1)):
+        learn._split(learn._set_device(self._next_batch()))
+        try:
+            learn('before_batch')
+            learn._do_one_batch()
+        except _cancels: pass
+    self._left_in_pass -= n
+    self._random_states = _global_state()
 
 @patch
-def _whole_pass(self:NoiseScale):
-    "Number of batches of this measurement, which stays within one pass over the data"
-    if self._source is None or batch_size(self._source) != batch_size(self.dls.train): self._source,self._batches = second_loader(self.dls.train),None
-    per_pass = len_or_none(self._source)
-    n = self.n_batch if per_pass is None else min(self.n_batch, per_pass)
-    if self._batches is None or self._left < n: self._batches,self._left = iter(self._source),math.inf if per_pass is None else per_pass
+def _batches_of_a_measurement(self:OwnPass):
+    "Their number; begins another pass over the data where this one has not so many left"
+    train_dl = self.learn.dls.train
+    if self._loader is None or batch_size(self._loader) != batch_size(train_dl): self._loader,self._batches = second_loader(train_dl),None
+    per_pass = len_or_none(self._loader)
+    n = self.tracker.n_batch if per_pass is None else min(self.tracker.n_batch, per_pass)
+    if self._batches is None or self._left_in_pass < n:
+        self._batches,self._left_in_pass = iter(self._loader),math.inf if per_pass is None else per_pass
     return n
 
+@patch
+def _next_batch(self:OwnPass):
+    for _ in range(2):
+        for b in self._batches: return b
+        self._batches = iter(self._loader)
+    raise ValueError("The training loader yields no batch: NoiseScale has nothing to measure")
+
 # %% ../nbs/14_track.ipynb #efa127d9
-@patch(as_prop=True)
-def _window(self:NoiseScale): return next((o for o in self.learn.cbs if isinstance(o, AccumulateGrads)), None)
+def accumulation(learn) -> AccumulateGrads|None: # That of the learner, if it has one
+    return next((o for o in learn.cbs if isinstance(o, AccumulateGrads)), None)
 
-@patch(as_prop=True)
-def _collects(self:NoiseScale): return self._processes.size > 1 or self._accumulates
+class _BatchByBatch(Collector):
+    "Sums the squared norms of the gradients of a step's batches; a subclass says which steps, and compares with their mean"
+    def __init__(self, tracker):
+        super().__init__(tracker)
+        self.collects,self._hooks,self._grads,self._backward_began,self._usual_seconds = False,[],None,None,None
 
-@patch(as_prop=True)
-def _accumulates(self:NoiseScale):
-    window = self._window
-    return window is not None and window.n_acc > n_examples(self.learn)
+    def begin_epoch(self): self.collects = False
 
+    def before_backward(self):
+        start,bs,window = time.perf_counter(),n_examples(self.learn),accumulation(self.learn)
+        if window is None or window.count == bs:  # the first batch of a step
+            self.collects = self._begins(math.ceil(window.n_acc/bs) if window else 1)
+            if self.collects:
+                self.meter.begin(self.tracker.rows)
+                self.sq_norm_sum,self.loss_sum,self.n_batches,self.n_examples,self.step_seconds = 0.,0.,0,0,0.
+        if self.collects:
+            self._grads = [None]*len(self.meter.params)
+            self._hooks = [p.register_hook(partial(self._grads.__setitem__, i)) for i,p in enumerate(self.meter.params) if p.requires_grad]
+            self.step_seconds += time.perf_counter() - start
+        self._backward_began = time.perf_counter()
+
+    def after_backward(self):
+        if self._backward_began is None: return
+        start,bs = time.perf_counter(),n_examples(self.learn)
+        seconds,self._backward_began = start - self._backward_began,None
+        if not self._hooks:
+            self._usual_seconds = seconds if self._usual_seconds is None else .9*self._usual_seconds + .1*seconds
+            return
+        self.close()
+        grads,self._grads = self._grads,None
+        if any(g is not None for g in grads):
+            self.sq_norm_sum,self.loss_sum = self.sq_norm_sum + self._sq_norms(grads)*bs,self.loss_sum + self.learn.loss.detach().mean()*bs
+            self.n_batches,self.n_examples = self.n_batches + 1,self.n_examples + bs
+        self.step_seconds += max(seconds - (self._usual_seconds or seconds), 0.) + time.perf_counter() - start
+
+    def close(self):
+        for h in self._hooks: h.remove()
+        self._hooks = []
+
+    def _sq_norms(self, grads):
+        "Squared norms per metric and parameter, of gradients that may be scaled for fp16"
+        metrics = (sq_norms, self.meter.metric)[:1 + self.meter.metric.adaptive]
+        return torch.stack([f(grads) for f in metrics])/(loss_scale(self.learn) or 1.)**2
+
+    def _sq_norms_of_mean(self): return self._sq_norms([p.grad for p in self.meter.params])
+
+# %% ../nbs/14_track.ipynb #4addf554
+class Window(_BatchByBatch):
+    "Measures with the micro-batches of a window of `AccumulateGrads`"
+    def _begins(self, n):
+        last = self.learn.n_iter - self.learn.iter < 2*n
+        return self.due(n, self.schedule.cost or 0., last)
+
+    def before_step(self):
+        if self.collects and self.n_batches > 1:
+            synchronize(self.learn.loss.device)
+            start,n = time.perf_counter(),self.n_examples
+            A,C = self.sq_norm_sum.cpu().double().numpy(),self._sq_norms_of_mean().cpu().double().numpy()*n
+            with np.errstate(invalid='ignore'): parts = noise_and_scale(A, C, n, self.n_batches)
+            taken = self.tracker.note(float(self.loss_sum)/n, parts)
+            cost = self.step_seconds + time.perf_counter() - start
+            self.schedule.spend(cost)
+            self.schedule.end(cost, taken)
+        self.collects = False
+
+# %% ../nbs/14_track.ipynb #29d3503e
+class AllProcesses(_BatchByBatch):
+    "Measures with the gradients of several processes and their average, over some steps"
+    def __init__(self, tracker):
+        super().__init__(tracker)
+        self.processes,self._steps,self._n_steps,self._seconds_before = tracker.processes,[],0,0.
+        self.schedule.wait = max(self.schedule.every, tracker.n_batch)
+
+    def begin_epoch(self):
+        super().begin_epoch()
+        self._passes = 0
+
+    def before_backward(self):
+        if not self._passes: self._passes_per_epoch = int(min(self.processes.gather(self.learn.n_iter)))
+        super().before_backward()
+        self._passes += 1
+        self.schedule.since += 1
+
+    def after_batch(self): pass  # what it counts has been counted
+
+    def _begins(self, n):
+        if self._steps: return True  # the measurement goes on
+        n_steps = math.ceil((self.tracker.n_batch - 1)/(n*self.processes.size - 1))
+        self._n_steps,self._seconds_before = max(min(n_steps, self._passes_per_epoch//n), 1),self.schedule.seconds
+        last = self._passes_per_epoch - self._passes < n*(self._n_steps + 1)
+        return self.due(n, last=last)
+
+    def after_backward(self):
+        hooked = bool(self._hooks)
+        super().after_backward()
+        if not hooked or not getattr(self.learn.model, 'require_backward_grad_sync', True): return
+        self.collects = False  # the average is there, so what is known of this step is complete
+        synchronize(self.learn.loss.device)
+        start,window = time.perf_counter(),accumulation(self.learn)
+        weight = n_examples(self.learn)/window.count if window else 1.  # that `AccumulateGrads` has yet to give it
+        mean = self._sq_norms_of_mean()*weight**2 if self.n_batches else None
+        self._steps.append((self.sq_norm_sum, mean, self.n_batches, self.n_examples, self.n_examples**2, float(self.loss_sum)))
+        self.schedule.spend(self.step_seconds + time.perf_counter() - start)
+        if len(self._steps) == self._n_steps: self._add_up()
+
+# %% ../nbs/14_track.ipynb #05883f78
 @patch
-def before_backward(self:NoiseScale):
-    if not self._collects: return
-    start,bs,several = time.perf_counter(),n_examples(self.learn),self._processes.size > 1
-    if several: self._since += 1  # backward passes: as many in all processes
-    if not self._accumulates or self._window.count == bs:
-        n = math.ceil(self._window.n_acc/bs) if self._accumulates else 1
-        self._collecting = self._due(self._since + n, self._cost or 0.) if not several else bool(self._parts) or self._since + n > self._wait
-        if self._collecting:
-            self._meter.begin(self._rows)
-            self._A,self._k,self._n,self._loss_sum,self._took = 0.,0,0,0.,0.
-            if not self._parts: self._n_parts,self._spent = math.ceil((self.n_batch - 1)/(n*self._processes.size - 1)) if several else 1,self.seconds
-    self._began = time.perf_counter()
-    if not self._collecting: return
-    self._grads = [None]*len(self._meter.params)
-    self._handles = [p.register_hook(partial(self._grads.__setitem__, i)) for i,p in enumerate(self._meter.params) if p.requires_grad]
-    now = time.perf_counter()
-    self._took,self._began = self._took + now - start,now
-
-@patch
-def _sq_norms(self:NoiseScale, grads):
-    "Squared norms per metric and parameter, of gradients that may be scaled for fp16"
-    metrics = (sq_norms, self._meter.metric)[:1 + self._meter.metric.adaptive]
-    return torch.stack([f(grads) for f in metrics])/(loss_scale(self.learn) or 1.)**2
-
-@patch
-def _unhook(self:NoiseScale):
-    for h in self._handles: h.remove()
-    self._handles = []
-
-@patch
-def after_backward(self:NoiseScale):
-    if self._began is None: return
-    start,bs = time.perf_counter(),n_examples(self.learn)
-    seconds,self._began = start - self._began,None
-    if not self._handles:
-        self._plain = seconds if self._plain is None else .9*self._plain + .1*seconds
-        return
-    self._took += max(seconds - (self._plain or seconds), 0.)  # the hooks, and the gradients that they keep
-    self._unhook()
-    grads,self._grads = self._grads,None
-    if any(g is not None for g in grads):
-        self._A = self._A + self._sq_norms(grads)*bs
-        self._k,self._n,self._loss_sum = self._k + 1,self._n + bs,self._loss_sum + self.learn.loss.detach().mean()*bs
-    self._took += time.perf_counter() - start
-    if self._processes.size > 1 and getattr(self.model, 'require_backward_grad_sync', True): self._take_mean(bs/self._window.count if self._accumulates else 1.)
-
-@patch
-def before_step(self:NoiseScale):
-    if self._collecting and self._processes.size == 1 and self._k > 1: self._take_mean(1.)
-    self._collecting = False
-
-@patch
-def _take_mean(self:NoiseScale, weight):
-    "The mean gradient is there, but for its `weight`: what is known of this step is complete"
-    self._collecting = False
-    synchronize(self.learn.loss.device)
-    start = time.perf_counter()
-    mean = self._sq_norms([p.grad for p in self._meter.params])*weight**2 if self._k else None
-    self._parts.append((self._A, mean, self._k, self._n, self._n**2, float(self._loss_sum)))
-    self._spend(self._took + time.perf_counter() - start)
-    if len(self._parts) < self._n_parts: return
-    start = time.perf_counter()
-    self._complete()
-    self._spend(time.perf_counter() - start)
-    self._costs.append(self.seconds - self._spent)
-
-@patch
-def _complete(self:NoiseScale):
+def _add_up(self:AllProcesses):
     "A measurement: the mean over the steps, of the sums over the processes"
-    As,means,*numbers = zip(*self._parts)
-    self._parts,self._since = [],0
-    shape = (1 + self._meter.metric.adaptive, len(self._meter.params))
+    start,schedule,size = time.perf_counter(),self.schedule,self.processes.size
+    sums,means,*numbers = zip(*self._steps)
+    self._steps = []
+    shape = (1 + self.meter.metric.adaptive, len(self.meter.params))
     whole = all(m is not None and m.shape == shape for m in means)  # the optimizer may have a metric only now
-    A = torch.stack(As).cpu() if whole else torch.full((self._n_parts, *shape), math.nan, dtype=torch.float64)
-    sent = torch.cat([torch.tensor([self._time_to_wait(), *chain(*numbers)], dtype=torch.float64), A.flatten()])
-    wait,numbers,A = np.split(self._processes.sum(sent).cpu().numpy(), (1, 1 + 4*self._n_parts))
-    (k,n,n2,loss),self._wait = numbers.reshape(4, -1),math.ceil(wait[0]/self._processes.size)
-    if not whole or (n2*self._processes.size != n**2).any(): return  # the mean over the processes is not the mean over the examples
-    with np.errstate(invalid='ignore'): parts = [noise_and_scale(a, C*n, n, k) for a,C,n,k in zip(A.reshape(-1, *shape), torch.stack(means).cpu().numpy(), n, k)]
-    self._note(loss.sum()/n.sum(), Noise(*np.mean(parts, axis=0)))
+    A = torch.stack(sums).cpu() if whole else torch.full((len(sums), *shape), math.nan, dtype=torch.float64)
+    wait = schedule.batches_to_wait(max(schedule.cost or 0., schedule.seconds - self._seconds_before), self.learn.train_iter + 1)
+    sent = torch.cat([torch.tensor([wait, *chain(*numbers)], dtype=torch.float64), A.flatten()])
+    wait,numbers,A = np.split(self.processes.sum(sent).cpu().numpy(), (1, 1 + 4*len(sums)))
+    (k,n,n2,loss),schedule.wait = numbers.reshape(4, -1),math.ceil(wait[0]/size)
+    taken = whole and (n2*size == n**2).all()  # else the mean over the processes is not the mean over the examples
+    if taken:
+        C = torch.stack(means).cpu().numpy()
+        with np.errstate(invalid='ignore'):
+            parts = [noise_and_scale(a, c*n, n, k) for a,c,n,k in zip(A.reshape(-1, *shape), C, n, k)]
+        taken = self.tracker.note(loss.sum()/n.sum(), Noise(*np.mean(parts, axis=0)))
+    schedule.spend(time.perf_counter() - start)
+    schedule.end(schedule.seconds - self._seconds_before, taken)
 
-@patch
-def _time_to_wait(self:NoiseScale):
-    "Number of batches until the next measurement may begin, if it costs what the last ones did"
-    if self.share is None: return self.every
-    seconds,cost = self._train_seconds(),max(self._cost or 0., self.seconds - self._spent)
-    return max(self.every, ((self.seconds + cost)/self.share - seconds)*(self.train_iter + 1)/seconds)
+# %% ../nbs/14_track.ipynb #11b01695
+class NoiseScale(_AsideCallback):
+    "Measure the gradient noise scale along a training, without a trace in it: `learn.recorder.noise_scale`, `plot_noise_scale()`, and a column in the progress table and in what loggers log"
+    order,run_valid = AccumulateGrads.order + 1,False
+    def __init__(self,
+        every:int=1, # Number of training batches from one measurement to the next, at least
+        n_batch:int=8, # Number of batches per measurement, 2 or more; where gradients are accumulated, a window is a measurement; where several processes train together, the batches of some steps
+        beta:float=.9, # EMA factor over measurements, in [0, 1)
+        share:float|None=.04, # Part of the training time that measurements may take, in (0, 1]: they wait until there is time for them, but for one at the end of an epoch that had none, which `every` alone can put off; `None`: as much as it takes
+    ):
+        _whole('every', every, 1)
+        _whole('n_batch', n_batch, 2)
+        NoiseAverage(beta)
+        if share is not None and (not isinstance(share, Real) or isinstance(share, bool) or not 0 < share <= 1):
+            raise ValueError(f"share={share!r} is not a number in (0, 1]: give the part of the training time that measurements may take, 0.05 for example, or None for as much as it takes")
+        self.every,self.n_batch,self.beta,self.share = every,n_batch,beta,share
+        self._column = ValueMetric(self._latest, 'noise_scale')
+        self.columns,self.rows,self.adaptive,self.out_of_memory,self.schedule = [self._column],[],False,False,Schedule(every, share)
+        self._release()
 
+    seconds = property(lambda self: self.schedule.seconds, doc="Seconds of measuring so far")
+    train_seconds = property(lambda self: self.schedule.train_seconds, doc="Seconds of training so far")
+    def _release(self): self.meter,self.processes,self._collectors,self._collector = None,None,{},None
+
+    def _latest(self):
+        last = noise_in_use(pd.DataFrame(self.rows[-1:])).iloc[0] if self.rows and self.meter else None
+        return math.nan if last is None or not last.scale > 0 else float(last.noise_scale)
+
+    def before_fit(self):
+        self.tidy()
+        if hasattr(self.learn, 'recorder'): self.learn.metrics = self.learn.metrics + self.columns
+
+    def _begin_training(self):
+        self.processes,window = Processes(self.learn),accumulation(self.learn)
+        several = self.processes.size > 1
+        if several and (foreign := [o for o in self.learn.cbs if isinstance(o, GradientAccumulation) and not isinstance(o, AccumulateGrads)]):
+            raise ValueError(f"NoiseScale reads the gradients of several processes along with AccumulateGrads only: take {foreign[0]!r} off, and use AccumulateGrads({foreign[0].n_acc})")
+        if len_or_none(self.dls.train) == 1 and not window and not several:
+            raise ValueError("An epoch is a single batch, and the noise scale takes two: train with smaller batches, or accumulate the gradients of several, AccumulateGrads")
+        self.rows,self.adaptive,self.out_of_memory,self._n_steps,self._n_samples = [],False,False,0,0
+        self.schedule,self.meter = Schedule(self.every, self.share),OptMeter(self.opt, self.beta)
+        self._collectors = {kind: kind(self) for kind in ((AllProcesses,) if several else (OwnPass, Window))}
+        self._collector = next(iter(self._collectors.values()))  # until there is a batch to pick by
+        self._publish()
+
+    def _pick(self):
+        window = accumulation(self.learn)
+        accumulates = window is not None and window.n_acc > max(batch_size(self.dls.train) or 0, n_examples(self.learn))
+        self._collector = self._collectors[AllProcesses if self.processes.size > 1 else Window if accumulates else OwnPass]
+
+    def before_train(self):
+        if self.meter is None: self._begin_training()
+        self.schedule.begin_epoch()
+        for o in self._collectors.values(): o.begin_epoch()
+
+    def before_backward(self):
+        self._pick()
+        self._collector.before_backward()
+
+    def after_backward(self): self._collector.after_backward()
+    def before_step(self): self._collector.before_step()
+    def after_step(self): self._n_steps += 1
+    def after_cancel_step(self): self._n_steps -= 1  # `after_step` follows
+
+    def after_batch(self):
+        self._n_samples += n_examples(self.learn)*self.processes.size
+        self._collector.after_batch()
+
+    def after_train(self):
+        if self._collector: self._collector.end_epoch()
+        self.schedule.stop_clock()
+
+    def after_epoch(self):
+        self.schedule.stop_clock()
+        if self.meter: self._publish()
+
+    def note(self, loss, parts=None) -> bool: # Whether the measurement is finite
+        "Make a row of the measurement that is complete now"
+        if not self.meter.end(parts): return False
+        window = accumulation(self.learn)
+        bs = max(batch_size(self.dls.train) or n_examples(self.learn), window.n_acc if window else 0)*self.processes.size
+        self.adaptive = self.meter.metric.adaptive
+        self.rows.append(dict(batch=self.train_iter, epoch=self.epoch, step=self._n_steps, samples=self._n_samples, loss=float(loss), bs=bs,
+                              lr=float(self.opt.hypers[-1]['lr'])) | self.meter.columns())
+        return True
+
+    def tidy(self):
+        "Take the column and the hooks off the learner; the measurements stay"
+        for o in self._collectors.values(): o.close()
+        if self.learn and any(o is self._column for o in self.learn.metrics):
+            self.learn.metrics = L(o for o in self.learn.metrics if not any(o is c for c in self.columns))
+        if self.meter:
+            self.schedule.stop_clock()
+            self._publish()
+        self._release()
+
+    def after_fit(self):
+        speaks = self.meter is not None and self.processes.rank == 0
+        self.tidy()
+        if speaks: _say(self.learn, self._in_words())
+
+# %% ../nbs/14_track.ipynb #49c3413a
+@patch(as_prop=True)
+def stats(self:NoiseScale) -> pd.DataFrame:
+    "The measurements so far, a row each, and in `attrs` what they were taken with and what they cost"
+    average = NoiseAverage()
+    columns = ['batch', 'epoch', 'step', 'samples', 'loss', 'bs', 'lr', *_columns(average), *_columns(average, 'opt_')]
+    res = pd.DataFrame(self.rows, columns=columns)
+    res.attrs.update(n_batch=self.n_batch, beta=self.beta, opt='adam' if self.adaptive else 'sgd', bs=int(res.bs.iloc[-1]) if len(res) else 0,
+                     suggested={}, seconds=self.seconds, train_seconds=self.train_seconds)
+    return res
+
+# %% ../nbs/14_track.ipynb #ab889ab0
 @patch
-def _note(self:NoiseScale, loss, parts=None):
-    "A row for the measurement, if it is finite"
-    if not self._meter.end(parts): return
-    self._adaptive = self._meter.metric.adaptive
-    self._since,bs = 0,max(batch_size(self.dls.train) or n_examples(self.learn), self._window.n_acc if self._window else 0)*self._processes.size
-    self._rows.append(dict(batch=self.train_iter, epoch=self.epoch, step=self._steps, samples=self._seen, loss=float(loss), bs=bs, lr=float(self.opt.hypers[-1]['lr'])) | self._meter.columns())
+def _publish(self:NoiseScale):
+    if hasattr(self.learn, 'recorder'): vars(self.recorder)['noise_scale'] = self.stats  # past fastai's warning: the learner calls this callback so, too
+
+# %% ../nbs/14_track.ipynb #c380baee
+@patch
+def _in_words(self:NoiseScale):
+    if not self.rows:
+        why = "there is not enough memory for it beside the training" if self.out_of_memory else None
+        why = why or (f"train longer, or lower every={self.every}" if self.every > 1 else "no two batches of it had finite gradients")
+        return f"The noise scale was not measured: {why}."
+    x,share = noise_in_use(self.stats),self.seconds/max(self.train_seconds, 1e-9)
+    known,last = x[x.noise_scale > 0],x.iloc[-1]
+    where = f"{len(x)} measurement{'s' if len(x) > 1 else ''} of the noise scale, {share:.1%} of the training time"
+    if self.out_of_memory: where += ", until there was not enough memory for more"
+    if not len(known) or not last.noise_scale > 0 and last.hi != math.inf or last.hi == math.inf and last.lo < 1:
+        return f"{where}: the gradient drowns in its noise. Take more batches per measurement, n_batch={4*self.n_batch} for example."
+    if last.hi == math.inf: at_end = f"at least {_num(last.lo)}"
+    elif math.isnan(last.hi): at_end = _num(last.noise_scale)
+    else: at_end = f"{_num(last.noise_scale)} (95% interval {_num(last.lo)} to {_num(last.hi)})"
+    return f"{where}: {at_end} examples at the end."
 
 # %% ../nbs/14_track.ipynb #aee3dfa0
 @patch
@@ -362,5 +502,5 @@ def plot_noise_scale(self:Recorder,
     fig = ax.figure if ax else _show_once(plt.figure(figsize=(6.4, 4.2), layout='constrained'))
     ax = ax or fig.add_subplot()
     if len(stats): _plot_noise(stats, ax)
-    else: ax.text(.5, .5, 'no measurement: the training was too short,\nor share is too small', ha='center', va='center', transform=ax.transAxes)
+    else: ax.text(.5, .5, 'no measurement: the training was too short', ha='center', va='center', transform=ax.transAxes)
     return fig

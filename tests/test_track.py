@@ -18,7 +18,7 @@ from fastai_bs_finder.finder import *
 from fastai_bs_finder.grow import GrowBatch
 from fastai_bs_finder.predict import noise_in_use
 from fastai_bs_finder.steps import second_loader
-from fastai_bs_finder.track import NoiseScale
+from fastai_bs_finder.track import AllProcesses, NoiseScale, OwnPass, Schedule, Window
 from footprint import same, trained
 from learners import Stream, applications, digits, loaders, maker
 from reference import ema, flat_grad, paper_estimate, per_example_truth
@@ -32,11 +32,12 @@ def quiet_fit(learn, n_epoch=2, cbs=(), how='fit_one_cycle', **kwargs):
     return learn
 
 
-def dropout_and_batch_norm():
+def dropout_and_batch_norm(times=1):
+    "30 batches per epoch, or so many times that"
     set_seed(1)
     X,y = digits()
     model = nn.Sequential(nn.Linear(64, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(.3), nn.Linear(16, 10))
-    return Learner(loaders(list(zip(X[:480], y[:480]))), model, loss_func=CrossEntropyLossFlat())
+    return Learner(loaders(list(zip(X[:480], y[:480]))*times), model, loss_func=CrossEntropyLossFlat())
 
 
 def comparable(learn):
@@ -64,11 +65,11 @@ def test_no_warning(cbs):
         quiet_fit(digits_learner(), 1, cbs)
 
 
-@pytest.mark.parametrize('share,words', [(.04, 'train longer, or raise share=0.04.'), (None, 'train longer, or lower every=200.')])
-def test_a_training_too_short_to_measure(capsys, share, words):
+@pytest.mark.parametrize('share', (.04, None))
+def test_a_training_too_short_to_measure(capsys, share):
     learn = digits_learner()
     learn.fit(1, .1, cbs=NoiseScale(every=200, share=share))
-    assert f'The noise scale was not measured: {words}' in capsys.readouterr().out and not len(learn.recorder.noise_scale)
+    assert 'The noise scale was not measured: train longer, or lower every=200.' in capsys.readouterr().out and not len(learn.recorder.noise_scale)
 
 
 @pytest.mark.parametrize('cbs', ([], [partial(MixUp)], [partial(GradientClip, .1)], [partial(GradientAccumulation, 32)], [partial(AccumulateGrads, 40)]), ids=str)
@@ -245,15 +246,15 @@ def test_cost(share, window, monkeypatch):
     class Tick(Callback):
         order,run_valid = -50,False
         def after_pred(self): now[0] += 1
-    measure = NoiseScale._measure
+    measure = OwnPass.measure
     def slow(self):
         now[0] += 6
         measure(self)
-    monkeypatch.setattr(NoiseScale, '_measure', slow)
-    learn,cb = dropout_and_batch_norm(),NoiseScale(share=share)
-    quiet_fit(learn, 10, [cb, Tick()] + [AccumulateGrads(64)]*window)
+    monkeypatch.setattr(OwnPass, 'measure', slow)
+    learn,cb = dropout_and_batch_norm(10),NoiseScale(share=share)
+    quiet_fit(learn, 1, [cb, Tick()] + [AccumulateGrads(64)]*window)
     s = learn.recorder.noise_scale
-    assert s.attrs['train_seconds'] == pytest.approx(10*len(learn.dls.train))
+    assert s.attrs['train_seconds'] == pytest.approx(300) == pytest.approx(len(learn.dls.train))
     if window: assert len(s) > 60
     else: assert .6*share - .02 < s.attrs['seconds']/s.attrs['train_seconds'] <= share and len(s) == s.attrs['seconds']/(6 + cb.n_batch)
 
@@ -265,13 +266,13 @@ def test_after_a_measurement_that_was_held_up(monkeypatch):
     class Tick(Callback):
         order,run_valid = -50,False
         def after_pred(self): now[0] += 1
-    measure = NoiseScale._measure
+    measure = OwnPass.measure
     def slow(self):
         n[0] += 1
         now[0] += 100*(n[0] == 3)
         measure(self)
-    monkeypatch.setattr(NoiseScale, '_measure', slow)
-    learn = quiet_fit(dropout_and_batch_norm(), 30, [NoiseScale(share=.25), Tick()])
+    monkeypatch.setattr(OwnPass, 'measure', slow)
+    learn = quiet_fit(dropout_and_batch_norm(30), 1, [NoiseScale(share=.25), Tick()])
     batches = learn.recorder.noise_scale.batch
     assert len(batches) > 10 and np.diff(batches[3:]).min() > 8*3 and np.diff(batches)[2] > 100*3
 
@@ -354,7 +355,7 @@ def test_an_error_leaves_the_results_and_nothing_else(error, where):
         order = 5
         def before_backward(self):
             measuring = not any(isinstance(o, Recorder) for o in self.learn.cbs)
-            if len(cb._rows) == 4 and measuring == (where == 'measuring'): raise error
+            if len(cb.rows) == 4 and measuring == (where == 'measuring'): raise error
     with pytest.raises((KeyboardInterrupt, RuntimeError)): quiet_fit(learn, 2, [cb, Boom()] + [AccumulateGrads(48)]*(where == 'window'), 'fit', lr=1e-3)
     assert len(learn.recorder.noise_scale) == 4 and not any(isinstance(o, NoiseScale) for o in learn.cbs) and any(isinstance(o, Recorder) for o in learn.cbs)
     assert not len(learn.metrics) and not any(p._backward_hooks for p in learn.model.parameters())
@@ -449,5 +450,98 @@ def test_memory_that_does_not_suffice_for_a_measurement(capsys):
     class Full(Callback):
         def after_pred(self):
             if not any(isinstance(o, Recorder) for o in self.learn.cbs): raise torch.OutOfMemoryError('no memory left')
-    learn,other = quiet_fit(dropout_and_batch_norm(), 1, [often(), Full()]),quiet_fit(dropout_and_batch_norm(), 1)
+    cb,learn,other = often(),dropout_and_batch_norm(),quiet_fit(dropout_and_batch_norm(), 1)
+    with learn.no_bar(): learn.fit_one_cycle(1, cbs=[cb, Full()])
     assert len(learn.recorder.noise_scale) == 0 and all(map(torch.equal, learn.model.parameters(), other.model.parameters()))
+    assert cb.out_of_memory and 'The noise scale was not measured: there is not enough memory for it' in capsys.readouterr().out
+    learn.remove_cb(Full)
+    quiet_fit(learn, 1, [cb])
+    assert not cb.out_of_memory and len(cb.rows) > 3  # another training, another try
+
+
+class Clock(Callback):
+    "A clock that each batch of a training moves by a second, and nothing else"
+    order,run_valid = -50,False
+    def __init__(self, monkeypatch):
+        self.now = 0.
+        monkeypatch.setattr(track.time, 'perf_counter', lambda: self.now)
+    def after_pred(self): self.now += 1
+
+
+def test_the_schedule_by_itself(monkeypatch):
+    clock = Clock(monkeypatch)
+    s = Schedule(every=3, share=.1)
+    s.begin_epoch()
+    def train(n): clock.now,s.since = clock.now + n,s.since + n
+    train(2)
+    assert s.train_seconds == 2 and not s.due() and not s.due(last=True) and s.due(1)  # `every` wins
+    train(8)
+    assert s.due(cost=1.) and not s.due(cost=1.1) and s.due(cost=1.1, last=True)
+    clock.now += 5
+    s.spend(5)
+    s.end(5, taken=True)
+    assert (s.train_seconds, s.seconds, s.cost, s.since) == (10, 5, 5, 0)
+    train(39)
+    assert not s.due() and not s.due(last=True)  # the epoch had one, and 49 seconds are too few for 5
+    train(1)
+    assert s.due() and not s.due(cost=.1)
+    s.stop_clock()
+    clock.now += 100  # validation
+    s.begin_epoch()
+    assert s.train_seconds == 50 and s.due(cost=9., last=True)
+    s.end(1000, taken=False)
+    train(3)
+    assert s.due(cost=9., last=True) and s.cost == 502.5  # it was not finite, so the epoch has none yet
+    s.end(6, taken=True)
+    assert s.cost == 6  # but for one that was held up
+
+
+def test_the_schedule_of_several_processes(monkeypatch):
+    "A number of batches instead of a clock"
+    clock = Clock(monkeypatch)
+    s = Schedule(every=3, share=.1)
+    s.begin_epoch()
+    s.wait,s.since,clock.now = 20,18,1000.
+    assert not s.due(1) and s.due(2) and s.due(0, last=True)
+    s.seconds = 150.
+    assert s.batches_to_wait(50., 500) == pytest.approx(500.) and s.batches_to_wait(-60., 500) == 3 and Schedule(7).batches_to_wait(50., 500) == 7
+
+
+@pytest.mark.parametrize('share', (.04, 1e-9))
+def test_at_least_once_per_epoch(share, monkeypatch):
+    "Where there is no time for a measurement, at the end of the epoch"
+    learn = quiet_fit(dropout_and_batch_norm(), 4, [NoiseScale(share=share), Clock(monkeypatch)])
+    assert learn.recorder.noise_scale.batch.tolist() == [30, 60, 90, 120] and learn.recorder.noise_scale.epoch.tolist() == [0, 1, 2, 3]
+
+
+def test_at_least_once_in_the_shortest_epochs():
+    X,y = digits()
+    learn = Learner(loaders(list(zip(X[:40], y[:40]))), nn.Linear(64, 10), loss_func=CrossEntropyLossFlat())
+    assert quiet_fit(learn, 3, [NoiseScale(share=1e-9)]).recorder.noise_scale.batch.tolist() == [3, 6, 9]
+
+
+def test_every_wins_over_once_per_epoch():
+    learn = quiet_fit(dropout_and_batch_norm(), 6, [NoiseScale(every=50, share=1e-9)])
+    assert learn.recorder.noise_scale.batch.tolist() == [60, 120, 180]  # at the ends of epochs, 50 batches apart or more
+
+
+def test_once_in_an_epoch_that_is_cut_short():
+    from fastai.callback.training import ShortEpochCallback
+    learn = quiet_fit(dropout_and_batch_norm(), 2, [NoiseScale(share=1e-9), ShortEpochCallback(.5)])
+    stats = learn.recorder.noise_scale
+    assert stats.epoch.tolist() == [0, 1] and stats.batch.iloc[-1] == learn.train_iter < 40
+
+
+@pytest.mark.parametrize('n_acc,last', ((64, 28), (320, 20), (1000, 30)))
+def test_once_per_epoch_with_windows(n_acc, last, monkeypatch):
+    "The last full window of the epoch; the whole epoch where it is shorter"
+    def no_time(self, cost): self.seconds += 1e6
+    monkeypatch.setattr(Schedule, 'spend', no_time)
+    learn = quiet_fit(dropout_and_batch_norm(), 3, [AccumulateGrads(n_acc), NoiseScale()])
+    stats = learn.recorder.noise_scale
+    assert stats.epoch.tolist() == [0, 1, 2] and stats.batch.iloc[-1] == 60 + last - 1  # before the window's last batch is counted
+
+
+def test_once_per_epoch_leaves_no_trace():
+    for cbs in ([], [partial(AccumulateGrads, 40)]):
+        assert_no_trace(dropout_and_batch_norm, lambda learn, cbs_=cbs, cbs=(): quiet_fit(learn, 2, [*cbs, *(c() for c in cbs_)]), NoiseScale(share=1e-9))
