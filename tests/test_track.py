@@ -1,6 +1,7 @@
 "`NoiseScale` leaves no trace in a training, tells the truth, costs what it may, and is seen where people look"
 import csv, gc, math, time, warnings
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np, pandas as pd, pytest, torch
 from torch import nn
@@ -15,6 +16,7 @@ from fastai_bs_finder import track
 from fastai_bs_finder.accumulate import AccumulateGrads
 from fastai_bs_finder.demo import digits_learner
 from fastai_bs_finder.finder import *
+from fastai_bs_finder.geometry import OptMeter
 from fastai_bs_finder.grow import GrowBatch
 from fastai_bs_finder.predict import noise_in_use
 from fastai_bs_finder.steps import second_loader
@@ -450,7 +452,7 @@ def test_memory_that_does_not_suffice_for_a_measurement(capsys):
     class Full(Callback):
         def after_pred(self):
             if not any(isinstance(o, Recorder) for o in self.learn.cbs): raise torch.OutOfMemoryError('no memory left')
-    cb,learn,other = often(),dropout_and_batch_norm(),quiet_fit(dropout_and_batch_norm(), 1)
+    other,cb,learn = quiet_fit(dropout_and_batch_norm(), 1),often(),dropout_and_batch_norm()
     with learn.no_bar(): learn.fit_one_cycle(1, cbs=[cb, Full()])
     assert len(learn.recorder.noise_scale) == 0 and all(map(torch.equal, learn.model.parameters(), other.model.parameters()))
     assert cb.out_of_memory and 'The noise scale was not measured: there is not enough memory for it' in capsys.readouterr().out
@@ -463,21 +465,25 @@ class Clock(Callback):
     "A clock that each batch of a training moves by a second, and nothing else"
     order,run_valid = -50,False
     def __init__(self, monkeypatch):
-        self.now = 0.
-        monkeypatch.setattr(track.time, 'perf_counter', lambda: self.now)
-    def after_pred(self): self.now += 1
+        now = [0.]  # out of reach of a measurement, which puts back what callbacks have
+        monkeypatch.setattr(track.time, 'perf_counter', lambda: now[0])
+        def move(seconds): now[0] += seconds
+        self.move = move
+    def after_pred(self): self.move(1)
 
 
 def test_the_schedule_by_itself(monkeypatch):
     clock = Clock(monkeypatch)
     s = Schedule(every=3, share=.1)
     s.begin_epoch()
-    def train(n): clock.now,s.since = clock.now + n,s.since + n
+    def train(n):
+        clock.move(n)
+        s.since += n
     train(2)
     assert s.train_seconds == 2 and not s.due() and not s.due(last=True) and s.due(1)  # `every` wins
     train(8)
     assert s.due(cost=1.) and not s.due(cost=1.1) and s.due(cost=1.1, last=True)
-    clock.now += 5
+    clock.move(5)
     s.spend(5)
     s.end(5, taken=True)
     assert (s.train_seconds, s.seconds, s.cost, s.since) == (10, 5, 5, 0)
@@ -486,7 +492,7 @@ def test_the_schedule_by_itself(monkeypatch):
     train(1)
     assert s.due() and not s.due(cost=.1)
     s.stop_clock()
-    clock.now += 100  # validation
+    clock.move(100)  # validation
     s.begin_epoch()
     assert s.train_seconds == 50 and s.due(cost=9., last=True)
     s.end(1000, taken=False)
@@ -501,8 +507,9 @@ def test_the_schedule_of_several_processes(monkeypatch):
     clock = Clock(monkeypatch)
     s = Schedule(every=3, share=.1)
     s.begin_epoch()
-    s.wait,s.since,clock.now = 20,18,1000.
-    assert not s.due(1) and s.due(2) and s.due(0, last=True)
+    s.wait,s.since = 20,18
+    clock.move(1000)
+    assert not s.due(1, cost=1e9) and s.due(2, cost=1e9) and s.due(0, last=True)
     s.seconds = 150.
     assert s.batches_to_wait(50., 500) == pytest.approx(500.) and s.batches_to_wait(-60., 500) == 3 and Schedule(7).batches_to_wait(50., 500) == 7
 
@@ -517,7 +524,7 @@ def test_at_least_once_per_epoch(share, monkeypatch):
 def test_at_least_once_in_the_shortest_epochs():
     X,y = digits()
     learn = Learner(loaders(list(zip(X[:40], y[:40]))), nn.Linear(64, 10), loss_func=CrossEntropyLossFlat())
-    assert quiet_fit(learn, 3, [NoiseScale(share=1e-9)]).recorder.noise_scale.batch.tolist() == [3, 6, 9]
+    assert quiet_fit(learn, 3, [NoiseScale(share=1e-9)]).recorder.noise_scale.batch.tolist() == [2, 4, 6]
 
 
 def test_every_wins_over_once_per_epoch():
@@ -545,3 +552,55 @@ def test_once_per_epoch_with_windows(n_acc, last, monkeypatch):
 def test_once_per_epoch_leaves_no_trace():
     for cbs in ([], [partial(AccumulateGrads, 40)]):
         assert_no_trace(dropout_and_batch_norm, lambda learn, cbs_=cbs, cbs=(): quiet_fit(learn, 2, [*cbs, *(c() for c in cbs_)]), NoiseScale(share=1e-9))
+
+
+class TwoAlike:
+    "Two processes with the same data"
+    size,rank = 2,0
+    def sum(self, x): return 2*x
+    def gather(self, x): return [x, x]
+
+
+@pytest.mark.parametrize('kind', (OwnPass, Window, AllProcesses))
+def test_a_collector_by_itself(kind):
+    "Called by hand, three batches at the same weights: two collectors say what the paper does, and two processes with the same data have no noise"
+    X,y = digits()
+    set_seed(1)
+    dl = DataLoader(list(zip(X[:48], y[:48])), bs=16)
+    window = AccumulateGrads(48)
+    learn = Learner(DataLoaders(dl, dl), nn.Linear(64, 10), loss_func=CrossEntropyLossFlat(), opt_func=SGD, lr=.1, cbs=[window]*(kind is Window))
+    learn.create_opt()
+    learn.model.train()
+    learn.training,learn.train_iter,learn.n_iter = True,0,3
+    tracker = SimpleNamespace(learn=learn, meter=OptMeter(learn.opt, .9), schedule=Schedule(every=1 if kind is AllProcesses else 3), processes=TwoAlike(), n_batch=3, rows=[], out_of_memory=False)
+    def note(loss, parts=None):
+        tracker.rows.append(float(loss))
+        return tracker.meter.end(parts)
+    tracker.note = note
+    collector,grads = kind(tracker),[]
+    tracker.schedule.begin_epoch()
+    collector.begin_epoch()
+    for learn.iter,b in enumerate(dl):
+        learn._split(b)
+        if kind is Window: window.count += 16
+        else: learn.opt.zero_grad()
+        learn.loss = learn.loss_func(learn.model(*learn.xb), *learn.yb)
+        collector.before_backward()
+        learn.loss.backward()
+        collector.after_backward()
+        grads.append([p.grad.clone() for p in learn.model.parameters()])
+        if kind is Window and learn.iter == 2:
+            for p in learn.model.parameters(): p.grad /= 3
+        if kind is not Window or learn.iter == 2: collector.before_step()
+        before = [p.grad.clone() for p in learn.model.parameters()]
+        collector.after_batch()
+        assert all(map(torch.equal, before, (p.grad for p in learn.model.parameters())))
+    collector.end_epoch()
+    collector.close()
+    assert len(tracker.rows) == 1 and len(tracker.schedule.costs) == 1 and tracker.schedule.measured_in_epoch and not any(p._backward_hooks for p in learn.model.parameters())
+    found = tracker.meter.simple.measured[-1]
+    if kind is AllProcesses:  # the mean over two steps, which have as many comparisons as three batches
+        assert found.noise == pytest.approx(0, abs=1e-5) and found.scale == pytest.approx(float(sum(g.square().sum() for gs in grads[:2] for g in gs))/2, rel=1e-4)
+        return
+    each = grads if kind is OwnPass else [grads[0], *([a - b for a,b in zip(g, f)] for f,g in zip(grads, grads[1:]))]
+    assert (found.noise, found.scale) == pytest.approx(paper_estimate([torch.cat([g.flatten() for g in gs]).double() for gs in each], 16), rel=1e-3)
