@@ -362,15 +362,16 @@ class NoiseScale(_AsideCallback):
     order,run_valid = AccumulateGrads.order + 1,False
     def __init__(self,
         every:int=1, # Number of training batches from one measurement to the next, at least
-        n_batch:int=8, # Number of batches per measurement, 2 or more; where gradients are accumulated, a window is a measurement; where several processes train together, the batches of some steps
+        n_batch:int=8, # Number of batches per measurement, 2 or more; a window of accumulated gradients is one, and some steps of several processes are
         beta:float=.9, # EMA factor over measurements, in [0, 1)
-        share:float|None=.04, # Part of the training time that measurements may take, in (0, 1]: they wait until there is time for them, but for one at the end of an epoch that had none, which `every` alone can put off; `None`: as much as it takes
+        share:float|None=.04, # Part of the training time that measurements may take, in (0, 1], beyond one per epoch; `None`: as much as it takes
     ):
         _whole('every', every, 1)
         _whole('n_batch', n_batch, 2)
         NoiseAverage(beta)
         if share is not None and (not isinstance(share, Real) or isinstance(share, bool) or not 0 < share <= 1):
-            raise ValueError(f"share={share!r} is not a number in (0, 1]: give the part of the training time that measurements may take, 0.05 for example, or None for as much as it takes")
+            raise ValueError(f"share={share!r} is not a number in (0, 1]: give the part of the training time that measurements may take, "
+                             "0.05 for example, or None for as much as it takes")
         self.every,self.n_batch,self.beta,self.share = every,n_batch,beta,share
         self._column = ValueMetric(self._latest, 'noise_scale')
         self.columns,self.rows,self.adaptive,self.out_of_memory,self.schedule = [self._column],[],False,False,Schedule(every, share)
@@ -392,9 +393,11 @@ class NoiseScale(_AsideCallback):
         self.processes,window = Processes(self.learn),accumulation(self.learn)
         several = self.processes.size > 1
         if several and (foreign := [o for o in self.learn.cbs if isinstance(o, GradientAccumulation) and not isinstance(o, AccumulateGrads)]):
-            raise ValueError(f"NoiseScale reads the gradients of several processes along with AccumulateGrads only: take {foreign[0]!r} off, and use AccumulateGrads({foreign[0].n_acc})")
+            raise ValueError("NoiseScale reads the gradients of several processes along with AccumulateGrads only: "
+                             f"take {foreign[0]!r} off, and use AccumulateGrads({foreign[0].n_acc})")
         if len_or_none(self.dls.train) == 1 and not window and not several:
-            raise ValueError("An epoch is a single batch, and the noise scale takes two: train with smaller batches, or accumulate the gradients of several, AccumulateGrads")
+            raise ValueError("An epoch is a single batch, and the noise scale takes two: "
+                             "train with smaller batches, or accumulate the gradients of several, AccumulateGrads")
         self.rows,self.adaptive,self.out_of_memory,self._n_steps,self._n_samples = [],False,False,0,0
         self.schedule,self.meter = Schedule(self.every, self.share),OptMeter(self.opt, self.beta)
         self._collectors = {kind: kind(self) for kind in ((AllProcesses,) if several else (OwnPass, Window))}
