@@ -150,7 +150,7 @@ def after_cancel_epoch(self:GrowBatch): self._restore_lr()
 def after_batch(self:GrowBatch):
     self._restore_lr()
     self._in_epoch += n_examples(self.learn)
-    rows = self.meter._rows
+    rows = self.meter.rows
     if len(rows) == self._seen: return
     self._seen = len(rows)
     last = noise_in_use(pd.DataFrame(rows[-1:])).iloc[0]
@@ -165,4 +165,4 @@ def after_batch(self:GrowBatch):
     self._note(noise_scale)
 
 @patch(as_prop=True)
-def _opt(self:GrowBatch): return 'adam' if self.meter._meter.metric.adaptive else 'sgd'
+def _opt(self:GrowBatch): return 'adam' if self.meter.adaptive else 'sgd'

@@ -128,7 +128,7 @@ def _repr_html_(self:BSResult):
         picture = _as_html(fig)
     return f"<p>{self}</p>{'' if table is None else table._repr_html_()}{picture}"
 
-# %% ../nbs/33_plot.ipynb #8b3722a9
+# %% ../nbs/33_plot.ipynb #09182752
 @patch
 def plot_noise_scale(self:Recorder,
     ax:plt.Axes|None=None, # Axes to draw on; `None`: a new figure
@@ -139,7 +139,7 @@ def plot_noise_scale(self:Recorder,
     fig = ax.figure if ax else show_once(plt.figure(figsize=_figure_size(1), layout='constrained'))
     ax = ax or fig.add_subplot()
     if len(result): plot_noise(result, ax)
-    else: ax.text(.5, .5, 'no measurement: the training was too short,\nor share is too small', ha='center', va='center', transform=ax.transAxes)
+    else: ax.text(.5, .5, 'no measurement: the training was too short', ha='center', va='center', transform=ax.transAxes)
     return fig
 
 # %% ../nbs/33_plot.ipynb #0f23148c

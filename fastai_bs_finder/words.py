@@ -259,24 +259,22 @@ def set_bs_summary(
     if row: res += f". bs_find's advice for it: lr≈{as_lr(row['lr'])}, about {as_ratio(row['epochs'])} times the epochs"
     return res + '.'
 
-# %% ../nbs/32_words.ipynb #553a930c
+# %% ../nbs/32_words.ipynb #22d47091
 def noise_scale_summary(
     result:NoiseScaleResult, # The result of a training with `NoiseScale`
 ) -> str: # A sentence
     "How often the noise scale was measured, and what it is at the end"
-    stopped = " A measurement ran out of memory, and none was tried after it." if result.out_of_memory else ''
     if not len(result):
-        how = f'lower every={result.every}' if result.share is None else f'raise share={result.share}'
-        return "The noise scale was not measured" + (f".{stopped}" if stopped else f": train longer, or {how}.")
+        why = f"train longer, or lower every={result.every}" if result.every > 1 else "no two batches of it had finite gradients"
+        return f"The noise scale was not measured: {'there is not enough memory for it beside the training' if result.out_of_memory else why}."
     x,share = result.in_use,result.seconds/max(result.train_seconds, 1e-9)
     where,last = f"{len(x)} measurement{'s' if len(x) > 1 else ''} of the noise scale, {share:.1%} of the training time",x.iloc[-1]
+    if result.out_of_memory: where += ", until there was not enough memory for more"
     known = (x.noise_scale > 0).any() and (last.noise_scale > 0 or last.hi == math.inf) and not (last.hi == math.inf and last.lo < 1)
-    if not known:
-        return (f"{where}: the gradient drowns in its noise. Take more batches per measurement, n_batch={4*result.n_batch} for "
-                f"example.{stopped}")
+    if not known: return f"{where}: the gradient drowns in its noise. Take more batches per measurement, n_batch={4*result.n_batch} for example."
     at_end = f"at least {as_number(last.lo)}" if last.hi == math.inf else as_number(last.noise_scale)
     if last.hi < math.inf: at_end += f" (95% interval {as_number(last.lo)} to {as_number(last.hi)})"
-    return f"{where}: {at_end} examples at the end.{stopped}"
+    return f"{where}: {at_end} examples at the end."
 
 NoiseScaleResult.__str__ = NoiseScaleResult.__repr__ = noise_scale_summary
 

@@ -25,14 +25,15 @@ class Says(NoiseScale):
         super().__init__(every=every, share=1.)
         self.says = list(noise_scales)
     def after_batch(self):
-        self._since += 1
-        if self._since < self.every or not self.says: return
-        self._since = 0
+        self.schedule.since += 1
+        if self.schedule.since < self.every or not self.says: return
+        self.schedule.since = 0
         ns,hi = self.says.pop(0)
-        row = dict(batch=self.train_iter, epoch=self.epoch, step=0, samples=0, loss=1., bs=0, lr=0.) | {k: math.nan for k in self._meter.columns()}
-        self._rows.append(row | dict(noise=1., scale=1/ns, noise_scale=ns, lo=ns/2, hi=hi))
+        row = dict(batch=self.train_iter, epoch=self.epoch, step=0, samples=0, loss=1., bs=0, lr=0.) | {k: math.nan for k in self.meter.columns()}
+        self.rows.append(row | dict(noise=1., scale=1/ns, noise_scale=ns, lo=ns/2, hi=hi))
     def before_backward(self): pass
     def before_step(self): pass
+    def after_train(self): pass
 
 
 class Watch(Callback):

@@ -278,6 +278,22 @@ def test_the_share_of_the_time(tmp_path):
     assert first[2] == second[2] and 1 <= first[0] < 4*40/7/2
 
 
+@pytest.mark.parametrize('n_batch,n_acc', ((8, None), (8, 32), (200, None)))
+def test_noise_scale_at_least_once_per_epoch(n_batch, n_acc, tmp_path):
+    "At the same batches in all processes, at the end of the epoch but for the first, and without a trace"
+    def run(measure):
+        torch.manual_seed(0)
+        learn = digits(shuffle=True)
+        learn.dls.train.rng.seed(3)
+        cbs = [NoiseScale(n_batch=n_batch, share=1e-9)]*measure + ([AccumulateGrads(n_acc)] if n_acc else [])
+        with learn.distrib_ctx(sync_bn=False): learn.fit(3, cbs=cbs)
+        return weights(learn),learn.recorder.noise_scale if measure else None
+    (plain,_,),(measured,first) = run_processes(tmp_path, 2, lambda rank: [run(False), run(True)])[0]
+    second = torch.load(tmp_path/'1.pt', weights_only=False)[1][1]
+    assert equal(plain, measured) and first.batch.tolist() == second.batch.tolist() and first.epoch.tolist() == [0, 1, 2]
+    assert (first.batch[1:] % 40 > 30).all() and first.noise_scale.tolist() == second.noise_scale.tolist()
+
+
 def test_set_bs(tmp_path):
     def f(learn, rank):
         learn.set_bs(64)

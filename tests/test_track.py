@@ -1,6 +1,7 @@
 "`NoiseScale` leaves no trace in a training, tells the truth, costs what it may, and is seen where people look"
 import csv, gc, math, time, warnings
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np, pandas as pd, pytest, torch
 from torch import nn
@@ -17,8 +18,9 @@ from fastai_bs_finder.demo import digits_learner
 from fastai_bs_finder.finder import *
 from fastai_bs_finder.grow import GrowBatch
 from fastai_bs_finder.loaders import second_loader
+from fastai_bs_finder.metric import OptMeter
 from fastai_bs_finder.result import noise_in_use
-from fastai_bs_finder.track import NoiseScale
+from fastai_bs_finder.track import AllProcesses, NoiseScale, OwnPass, Schedule, Window
 from footprint import same, trained
 from learners import Stream, applications, digits, loaders, maker
 from reference import ema, flat_grad, paper_estimate, per_example_truth
@@ -33,11 +35,12 @@ def quiet_fit(learn, n_epoch=2, cbs=(), how='fit_one_cycle', **kwargs):
     return learn
 
 
-def dropout_and_batch_norm():
+def dropout_and_batch_norm(times=1):
+    "30 batches per epoch, or so many times that"
     set_seed(1)
     X,y = digits()
     model = nn.Sequential(nn.Linear(64, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(.3), nn.Linear(16, 10))
-    return Learner(loaders(list(zip(X[:480], y[:480]))), model, loss_func=CrossEntropyLossFlat())
+    return Learner(loaders(list(zip(X[:480], y[:480]))*times), model, loss_func=CrossEntropyLossFlat())
 
 
 def comparable(learn):
@@ -65,11 +68,11 @@ def test_no_warning(cbs):
         quiet_fit(digits_learner(), 1, cbs)
 
 
-@pytest.mark.parametrize('share,words', [(.04, 'train longer, or raise share=0.04.'), (None, 'train longer, or lower every=200.')])
-def test_a_training_too_short_to_measure(capsys, share, words):
+@pytest.mark.parametrize('share', (.04, None))
+def test_a_training_too_short_to_measure(capsys, share):
     learn = digits_learner()
     learn.fit(1, .1, cbs=NoiseScale(every=200, share=share))
-    assert f'The noise scale was not measured: {words}' in capsys.readouterr().out and not len(learn.recorder.noise_scale)
+    assert 'The noise scale was not measured: train longer, or lower every=200.' in capsys.readouterr().out and not len(learn.recorder.noise_scale)
 
 
 callbacks = {'none': list, 'MixUp': lambda: [MixUp()], 'GradientClip': lambda: [GradientClip(.1)], 'GradientAccumulation': lambda: [GradientAccumulation(32)],
@@ -247,15 +250,15 @@ def test_cost(share, window, monkeypatch):
     class Tick(Callback):
         order,run_valid = -50,False
         def after_pred(self): now[0] += 1
-    measure = NoiseScale._measure
+    measure = OwnPass.measure
     def slow(self):
         now[0] += 6
         measure(self)
-    monkeypatch.setattr(NoiseScale, '_measure', slow)
-    learn,cb = dropout_and_batch_norm(),NoiseScale(share=share)
-    quiet_fit(learn, 10, [cb, Tick()] + [AccumulateGrads(64)]*window)
+    monkeypatch.setattr(OwnPass, 'measure', slow)
+    learn,cb = dropout_and_batch_norm(10),NoiseScale(share=share)
+    quiet_fit(learn, 1, [cb, Tick()] + [AccumulateGrads(64)]*window)
     s = learn.recorder.noise_scale
-    assert learn.recorder.noise_scale_result.train_seconds == pytest.approx(10*len(learn.dls.train))
+    assert learn.recorder.noise_scale_result.train_seconds == pytest.approx(300) == pytest.approx(len(learn.dls.train))
     if window: assert len(s) > 60
     else: assert .6*share - .02 < learn.recorder.noise_scale_result.seconds/learn.recorder.noise_scale_result.train_seconds <= share and len(s) == learn.recorder.noise_scale_result.seconds/(6 + cb.n_batch)
 
@@ -267,13 +270,13 @@ def test_after_a_measurement_that_was_held_up(monkeypatch):
     class Tick(Callback):
         order,run_valid = -50,False
         def after_pred(self): now[0] += 1
-    measure = NoiseScale._measure
+    measure = OwnPass.measure
     def slow(self):
         n[0] += 1
         now[0] += 100*(n[0] == 3)
         measure(self)
-    monkeypatch.setattr(NoiseScale, '_measure', slow)
-    learn = quiet_fit(dropout_and_batch_norm(), 30, [NoiseScale(share=.25), Tick()])
+    monkeypatch.setattr(OwnPass, 'measure', slow)
+    learn = quiet_fit(dropout_and_batch_norm(30), 1, [NoiseScale(share=.25), Tick()])
     batches = learn.recorder.noise_scale.batch
     assert len(batches) > 10 and np.diff(batches[3:]).min() > 8*3 and np.diff(batches)[2] > 100*3
 
@@ -356,7 +359,7 @@ def test_an_error_leaves_the_results_and_nothing_else(error, where):
         order = 5
         def before_backward(self):
             measuring = not any(isinstance(o, Recorder) for o in self.learn.cbs)
-            if len(cb._rows) == 4 and measuring == (where == 'measuring'): raise error
+            if len(cb.rows) == 4 and measuring == (where == 'measuring'): raise error
     with pytest.raises((KeyboardInterrupt, RuntimeError)): quiet_fit(learn, 2, [cb, Boom()] + [AccumulateGrads(48)]*(where == 'window'), 'fit', lr=1e-3)
     assert len(learn.recorder.noise_scale) == 4 and not any(isinstance(o, NoiseScale) for o in learn.cbs) and any(isinstance(o, Recorder) for o in learn.cbs)
     assert not len(learn.metrics) and not any(p._backward_hooks for p in learn.model.parameters())
@@ -451,5 +454,155 @@ def test_memory_that_does_not_suffice_for_a_measurement(capsys):
     class Full(Callback):
         def after_pred(self):
             if not any(isinstance(o, Recorder) for o in self.learn.cbs): raise torch.OutOfMemoryError('no memory left')
-    learn,other = quiet_fit(dropout_and_batch_norm(), 1, [often(), Full()]),quiet_fit(dropout_and_batch_norm(), 1)
+    other,cb,learn = quiet_fit(dropout_and_batch_norm(), 1),often(),dropout_and_batch_norm()
+    with learn.no_bar(): learn.fit_one_cycle(1, cbs=[cb, Full()])
     assert len(learn.recorder.noise_scale) == 0 and all(map(torch.equal, learn.model.parameters(), other.model.parameters()))
+    assert cb.out_of_memory and 'The noise scale was not measured: there is not enough memory for it' in capsys.readouterr().out
+    learn.remove_cb(Full)
+    quiet_fit(learn, 1, [cb])
+    assert not cb.out_of_memory and len(cb.rows) > 3  # another training, another try
+
+
+class Clock(Callback):
+    "A clock that each batch of a training moves by a second, and nothing else"
+    order,run_valid = -50,False
+    def __init__(self, monkeypatch):
+        now = [0.]  # out of reach of a measurement, which puts back what callbacks have
+        monkeypatch.setattr(track.time, 'perf_counter', lambda: now[0])
+        def move(seconds): now[0] += seconds
+        self.move = move
+    def after_pred(self): self.move(1)
+
+
+def test_the_schedule_by_itself(monkeypatch):
+    clock = Clock(monkeypatch)
+    s = Schedule(every=3, share=.1)
+    s.begin_epoch()
+    def train(n):
+        clock.move(n)
+        s.since += n
+    train(2)
+    assert s.train_seconds == 2 and not s.due() and not s.due(last=True) and s.due(1)  # `every` wins
+    train(8)
+    assert s.due(cost=1.) and not s.due(cost=1.1) and s.due(cost=1.1, last=True)
+    clock.move(5)
+    s.spend(5)
+    s.end(5, taken=True)
+    assert (s.train_seconds, s.seconds, s.cost, s.since) == (10, 5, 5, 0)
+    train(39)
+    assert not s.due() and not s.due(last=True)  # the epoch had one, and 49 seconds are too few for 5
+    train(1)
+    assert s.due() and not s.due(cost=.1)
+    s.stop_clock()
+    clock.move(100)  # validation
+    s.begin_epoch()
+    assert s.train_seconds == 50 and s.due(cost=9., last=True)
+    s.end(1000, taken=False)
+    train(3)
+    assert s.due(cost=9., last=True) and s.cost == 502.5  # it was not finite, so the epoch has none yet
+    s.end(6, taken=True)
+    assert s.cost == 6  # but for one that was held up
+
+
+def test_the_schedule_of_several_processes(monkeypatch):
+    "A number of batches instead of a clock"
+    clock = Clock(monkeypatch)
+    s = Schedule(every=3, share=.1)
+    s.begin_epoch()
+    s.wait,s.since = 20,18
+    clock.move(1000)
+    assert not s.due(1, cost=1e9) and s.due(2, cost=1e9) and s.due(0, last=True)
+    s.seconds = 150.
+    assert s.batches_to_wait(50., 500) == pytest.approx(500.) and s.batches_to_wait(-60., 500) == 3 and Schedule(7).batches_to_wait(50., 500) == 7
+
+
+@pytest.mark.parametrize('share', (.04, 1e-9))
+def test_at_least_once_per_epoch(share, monkeypatch):
+    "Where there is no time for a measurement, at the end of the epoch"
+    learn = quiet_fit(dropout_and_batch_norm(), 4, [NoiseScale(share=share), Clock(monkeypatch)])
+    assert learn.recorder.noise_scale.batch.tolist() == [30, 60, 90, 120] and learn.recorder.noise_scale.epoch.tolist() == [0, 1, 2, 3]
+
+
+def test_at_least_once_in_the_shortest_epochs():
+    X,y = digits()
+    learn = Learner(loaders(list(zip(X[:40], y[:40]))), nn.Linear(64, 10), loss_func=CrossEntropyLossFlat())
+    assert quiet_fit(learn, 3, [NoiseScale(share=1e-9)]).recorder.noise_scale.batch.tolist() == [2, 4, 6]
+
+
+def test_every_wins_over_once_per_epoch():
+    learn = quiet_fit(dropout_and_batch_norm(), 6, [NoiseScale(every=50, share=1e-9)])
+    assert learn.recorder.noise_scale.batch.tolist() == [60, 120, 180]  # at the ends of epochs, 50 batches apart or more
+
+
+def test_once_in_an_epoch_that_is_cut_short():
+    from fastai.callback.training import ShortEpochCallback
+    learn = quiet_fit(dropout_and_batch_norm(), 2, [NoiseScale(share=1e-9), ShortEpochCallback(.5)])
+    stats = learn.recorder.noise_scale
+    assert stats.epoch.tolist() == [0, 1] and stats.batch.iloc[-1] == learn.train_iter < 40
+
+
+@pytest.mark.parametrize('n_acc,last', ((64, 28), (320, 20), (1000, 30)))
+def test_once_per_epoch_with_windows(n_acc, last, monkeypatch):
+    "The last full window of the epoch; the whole epoch where it is shorter"
+    def no_time(self, cost): self.seconds += 1e6
+    monkeypatch.setattr(Schedule, 'spend', no_time)
+    learn = quiet_fit(dropout_and_batch_norm(), 3, [AccumulateGrads(n_acc), NoiseScale()])
+    stats = learn.recorder.noise_scale
+    assert stats.epoch.tolist() == [0, 1, 2] and stats.batch.iloc[-1] == 60 + last - 1  # before the window's last batch is counted
+
+
+def test_once_per_epoch_leaves_no_trace():
+    for cbs in ([], [partial(AccumulateGrads, 40)]):
+        assert_no_trace(dropout_and_batch_norm, lambda learn, cbs_=cbs, cbs=(): quiet_fit(learn, 2, [*cbs, *(c() for c in cbs_)]), NoiseScale(share=1e-9))
+
+
+class TwoAlike:
+    "Two processes with the same data"
+    size,rank = 2,0
+    def sum(self, x): return 2*x
+    def gather(self, x): return [x, x]
+
+
+@pytest.mark.parametrize('kind', (OwnPass, Window, AllProcesses))
+def test_a_collector_by_itself(kind):
+    "Called by hand, three batches at the same weights: two collectors say what the paper does, and two processes with the same data have no noise"
+    X,y = digits()
+    set_seed(1)
+    dl = DataLoader(list(zip(X[:48], y[:48])), bs=16)
+    window = AccumulateGrads(48)
+    learn = Learner(DataLoaders(dl, dl), nn.Linear(64, 10), loss_func=CrossEntropyLossFlat(), opt_func=SGD, lr=.1, cbs=[window]*(kind is Window))
+    learn.create_opt()
+    learn.model.train()
+    learn.training,learn.train_iter,learn.n_iter = True,0,3
+    tracker = SimpleNamespace(learn=learn, meter=OptMeter(learn.opt, .9), schedule=Schedule(every=1 if kind is AllProcesses else 3), processes=TwoAlike(), n_batch=3, rows=[], out_of_memory=False)
+    def note(loss, parts=None):
+        tracker.rows.append(float(loss))
+        return tracker.meter.end(parts)
+    tracker.note = note
+    collector,grads = kind(tracker),[]
+    tracker.schedule.begin_epoch()
+    collector.begin_epoch()
+    for learn.iter,b in enumerate(dl):
+        learn._split(b)
+        if kind is Window: window.count += 16
+        else: learn.opt.zero_grad()
+        learn.loss = learn.loss_func(learn.model(*learn.xb), *learn.yb)
+        collector.before_backward()
+        learn.loss.backward()
+        collector.after_backward()
+        grads.append([p.grad.clone() for p in learn.model.parameters()])
+        if kind is Window and learn.iter == 2:
+            for p in learn.model.parameters(): p.grad /= 3
+        if kind is not Window or learn.iter == 2: collector.before_step()
+        before = [p.grad.clone() for p in learn.model.parameters()]
+        collector.after_batch()
+        assert all(map(torch.equal, before, (p.grad for p in learn.model.parameters())))
+    collector.end_epoch()
+    collector.close()
+    assert len(tracker.rows) == 1 and len(tracker.schedule.costs) == 1 and tracker.schedule.measured_in_epoch and not any(p._backward_hooks for p in learn.model.parameters())
+    found = tracker.meter.simple.measured[-1]
+    if kind is AllProcesses:  # the mean over two steps, which have as many comparisons as three batches
+        assert found.noise == pytest.approx(0, abs=1e-5) and found.scale == pytest.approx(float(sum(g.square().sum() for gs in grads[:2] for g in gs))/2, rel=1e-4)
+        return
+    each = grads if kind is OwnPass else [grads[0], *([a - b for a,b in zip(g, f)] for f,g in zip(grads, grads[1:]))]
+    assert (found.noise, found.scale) == pytest.approx(paper_estimate([torch.cat([g.flatten() for g in gs]).double() for gs in each], 16), rel=1e-3)
