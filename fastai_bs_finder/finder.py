@@ -258,7 +258,7 @@ def profile_learner(
         if result.profile.trouble: return result.changed(trouble='')  # two sizes or more are known
     return result.changed(cut_short=bool(best and best > max(result.profile.step_time)))
 
-# %% ../nbs/50_finder.ipynb #09d6cbbe
+# %% ../nbs/50_finder.ipynb #899ef301
 def _measure(learn, cb, lr, n_epoch_it, share, least, processes):
     "Run the mock training, and put together what it found"
     with mock_training(learn):
@@ -277,7 +277,7 @@ def _measure(learn, cb, lr, n_epoch_it, share, least, processes):
 def _keep(learn, result):
     "Put the result on the recorder"
     learn.recorder.bs_stats,learn.recorder.bs_table = result.stats,result.table
-    keep_result(learn.recorder, bs_result=result)
+    keep_result(learn.recorder, 'bs_result', result)
 
 # %% ../nbs/50_finder.ipynb #b2d7796a
 @patch

@@ -25,17 +25,18 @@ from .track import NoiseScale
 
 # %% ../nbs/51_grow.ipynb #ee84e32e
 class GrowBatch(AsideCallback):
-    "Raise the batch size during training as the noise scale grows: powers of two times the one at the start, seen in `learn.recorder.bs_changes`, `plot_noise_scale()` and a column of the progress table"
+    "Raise the batch size during training as the noise scale grows, by doubling; seen in `learn.recorder.bs_changes` and a column of the progress table"
     order,run_valid = ParamScheduler.order + 1,False
     def __init__(self,
         noise_scale:NoiseScale|None=None, # What measures; `None`: `NoiseScale(share=.1)`
         max_bs:int|None=None, # The largest batch size to grow to; `None`: the training set
-        fits:int|None=None, # Number of examples that fit in memory, beyond which gradients are accumulated; `None`: the loader's batch size where the learner accumulates already, or what `max_bs` or `bs_find` found, if they were asked before
+        fits:int|None=None, # Number of examples that fit in memory; `None`: the loader's batch size where it accumulates already, or what `max_bs` or `bs_find` found
         lr_rule:str|None='noise', # How the learning rate follows: 'noise', by the noise scale (`scale_lr`), 'linear', 'sqrt', or `None`: not at all
         part:float=1., # Batch size to aim at, as a part of the noise scale
     ):
         if noise_scale is None: noise_scale = NoiseScale(share=.1)
-        if not isinstance(noise_scale, NoiseScale): raise ValueError(f"noise_scale={noise_scale!r} is not a NoiseScale: give one, such as NoiseScale(every=50)")
+        if not isinstance(noise_scale, NoiseScale):
+            raise ValueError(f"noise_scale={noise_scale!r} is not a NoiseScale: give one, such as NoiseScale(every=50)")
         if lr_rule not in _rules: raise ValueError(f"lr_rule={lr_rule!r} is not one of {', '.join(map(repr, _rules))}")
         if max_bs is not None: check_whole('max_bs', max_bs, 1)
         if fits is not None: check_whole('fits', fits, 1)
@@ -84,10 +85,15 @@ def before_train(self:GrowBatch):
 @patch
 def _begin(self:GrowBatch):
     if len(meters := [o for o in self.learn.cbs if isinstance(o, NoiseScale)]) > 1:
-        raise ValueError(f"There are {len(meters)} NoiseScale callbacks, and GrowBatch brings its own: give it yours instead, GrowBatch(NoiseScale(...))")
+        raise ValueError(f"There are {len(meters)} NoiseScale callbacks, and GrowBatch brings its own: give it yours instead, "
+                         "GrowBatch(NoiseScale(...))")
     self._window = next((o for o in self.learn.cbs if isinstance(o, AccumulateGrads)), None)
-    if self._window is None: raise ValueError("GrowBatch accumulates gradients with AccumulateGrads, and the learner does it with GradientAccumulation: take that off, learn.remove_cb(GradientAccumulation)")
-    if is_distributed(self.learn): raise ValueError("GrowBatch changes the batch size of a single process, and this training has several: leave it out inside of distrib_ctx")
+    if self._window is None:
+        raise ValueError("GrowBatch accumulates gradients with AccumulateGrads, and the learner does it with GradientAccumulation: take "
+                         "that off, learn.remove_cb(GradientAccumulation)")
+    if is_distributed(self.learn):
+        raise ValueError("GrowBatch changes the batch size of a single process, and this training has several: leave it out inside of "
+                         "distrib_ctx")
     dl = self.dls.train
     check_settable(dl)
     self._start = dl,batch_size(dl),self._window.n_acc

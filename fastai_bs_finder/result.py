@@ -277,15 +277,16 @@ def layer_table(
                                        noise_scale=average.noise_scale if average.scale > 0 else math.nan, lo=lo, hi=hi)
     return pd.DataFrame.from_dict(rows, orient='index', columns='layer params noise scale noise_scale lo hi'.split()).rename_axis('module')
 
-# %% ../nbs/21_result.ipynb #1be59d23
+# %% ../nbs/21_result.ipynb #fde03a7c
 _results = WeakKeyDictionary()
 
 def keep_result(
     recorder:Recorder, # The learner's recorder
-    **results, # A result by its name
+    name:str, # 'bs_result', 'noise_scale_result' or 'bs_sweep_result'
+    result:Result, # The result
 ):
-    "Remember results for a recorder"
-    _results.setdefault(recorder, {}).update(results)
+    "Remember a result for a recorder"
+    _results.setdefault(recorder, {})[name] = result
 
 def _last(recorder, name): return _results.get(recorder, {}).get(name)
 

@@ -293,7 +293,7 @@ def around_root(self:_Sweep):
     best = min(self.best(), key=lambda row: (*self.score(row)[:1], row['seconds']) if self.watch.target is not None else self.score(row))['bs']
     self.over([b for b in sizes_between(best/2 + 1, min(2*best - 1, self.n)) if b != best])
 
-# %% ../nbs/52_sweep.ipynb #d4617336
+# %% ../nbs/52_sweep.ipynb #23748320
 @patch(as_prop=True)
 def result(self:_Sweep):
     "What is done so far"
@@ -310,7 +310,7 @@ def result(self:_Sweep):
 def publish(self:_Sweep):
     if not self.rows: return
     result,rec = self.result,self.learn.recorder
-    keep_result(rec, bs_sweep_result=result)
+    keep_result(rec, 'bs_sweep_result', result)
     vars(rec)['bs_sweep'] = result.stats  # past fastai's warning: the learner has a method of that name
 
 # %% ../nbs/52_sweep.ipynb #9fad1763

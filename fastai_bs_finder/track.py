@@ -482,5 +482,5 @@ def stats(self:NoiseScale) -> pd.DataFrame:
 def _publish(self:NoiseScale):
     if not hasattr(self.learn, 'recorder'): return
     result = self.result
-    keep_result(self.recorder, noise_scale_result=result)
+    keep_result(self.recorder, 'noise_scale_result', result)
     vars(self.recorder)['noise_scale'] = result.stats  # past fastai's warning: the learner calls this callback so, too

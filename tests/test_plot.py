@@ -28,7 +28,7 @@ def found():
 def recorder(*measured, bs=16, **suggested):
     "A recorder whose last result holds `(noise_scale, lo, hi, raw_scale)`"
     rec,(*rows,) = Recorder(),((x, lo, hi) for x,lo,hi,_ in measured)
-    keep_result(rec, bs_result=result(*rows, raw=[10*raw for *_,raw in measured], bs=bs, suggested=suggested))
+    keep_result(rec, 'bs_result', result(*rows, raw=[10*raw for *_,raw in measured], bs=bs, suggested=suggested))
     return rec
 
 

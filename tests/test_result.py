@@ -120,7 +120,7 @@ def test_the_recorder_keeps_results_and_forgets_with_it():
     from fastai_bs_finder import result as room
     rec,n = Recorder(),len(room._results)
     assert rec.bs_result is rec.noise_scale_result is rec.bs_sweep_result is None
-    keep_result(rec, bs_result=(r := result(*known)))
+    keep_result(rec, 'bs_result', r := result(*known))
     assert rec.bs_result is r and 'bs_result' not in vars(rec) and len(room._results) == n + 1
     del rec
     gc.collect()

@@ -282,7 +282,7 @@ def test_slices_survive_a_file(tmp_path):
     def run(**kwargs): return sweep(plain(splitter=two_groups), [16, 32], 1., lrs=[slice(.03, .3), [.1, .2]], budget=30, **kwargs)
     whole = run()
     learn = plain(splitter=two_groups)
-    keep_result(learn.recorder, bs_sweep_result=SweepResult(whole))
+    keep_result(learn.recorder, 'bs_sweep_result', SweepResult(whole))
     learn.recorder.bs_sweep_result.to_csv(tmp_path/'sweep.csv')
     again = run(resume=SweepResult.from_csv(tmp_path/'sweep.csv'))
     assert list(map(str, again.lr)) == list(map(str, whole.lr)) and list(again.seconds) == list(whole.seconds)

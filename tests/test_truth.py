@@ -92,7 +92,7 @@ def test_the_interval_covers_the_truth(trained, epoch, varying, times):
         meter = NoiseMeter()
         for m in np.split(np.arange(80), 16):
             N = sizes[m].sum()
-            meter.measured.append(noise_and_scale((np.diag(inner)[m]/sizes[m]).sum(), inner[np.ix_(m, m)].sum()/N, N, 5))
+            meter.append(noise_and_scale((np.diag(inner)[m]/sizes[m]).sum(), inner[np.ix_(m, m)].sum()/N, N, 5))
         lo,hi = meter.interval()
         covered.append(lo <= truth <= hi)
     print(f'epoch {epoch}, {"sizes of 1 to 32" if varying else "size 16"}: truth {truth:.1f}, covered {np.mean(covered):.3f}')

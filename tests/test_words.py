@@ -120,7 +120,7 @@ def test_sentence_tuple_picture_and_set_bs_name_the_same_size(found):
     if advised and found.in_use.noise.iloc[-1] > 0: assert advised in named, said
     fig,axs = plt.subplots(1, 2)
     recorder = Recorder()
-    keep_result(recorder, bs_result=found)
+    keep_result(recorder, 'bs_result', found)
     for ax,panel in zip(axs, ('noise', 'gain')):
         recorder.plot_bs_find(ax, panel)
         if advised and ax.get_legend(): assert any(t.get_text().endswith(f': {advised}') and not t.get_text().startswith('in use') for t in ax.get_legend().get_texts())
