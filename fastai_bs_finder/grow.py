@@ -30,7 +30,7 @@ class GrowBatch(AsideCallback):
     def __init__(self,
         noise_scale:NoiseScale|None=None, # What measures; `None`: `NoiseScale(share=.1)`
         max_bs:int|None=None, # The largest batch size to grow to; `None`: the training set
-        fits:int|None=None, # Number of examples that fit in memory; `None`: the loader's batch size where it accumulates already, or what `max_bs` or `bs_find` found
+        fits:int|None=None, # Number of examples that fit in memory; `None`: the loader's batch size where it accumulates, or what `max_bs` or `bs_find` says
         lr_rule:str|None='noise', # How the learning rate follows: 'noise', by the noise scale (`scale_lr`), 'linear', 'sqrt', or `None`: not at all
         part:float=1., # Batch size to aim at, as a part of the noise scale
     ):
@@ -41,7 +41,7 @@ class GrowBatch(AsideCallback):
         if max_bs is not None: check_whole('max_bs', max_bs, 1)
         if fits is not None: check_whole('fits', fits, 1)
         if not 0 < part < math.inf: raise ValueError(f"part={part!r} is not a number above 0: 1 aims at the noise scale itself")
-        self.meter,self.limit,self.fits,self.lr_rule,self.part = noise_scale,max_bs,fits,lr_rule,part
+        self.tracker,self.limit,self.fits,self.lr_rule,self.part = noise_scale,max_bs,fits,lr_rule,part
         self._window,self._own,self._start,self._base,self._column = None,L(),None,None,ValueMetric(self._now, 'bs')
 
     def _now(self): return self.bs
@@ -52,17 +52,17 @@ _rules = 'noise', 'linear', 'sqrt', None
 @patch
 def _attach(self:GrowBatch, learn):
     self._own = L()
-    if not any(o is self.meter for o in learn.cbs): self._own.append(self.meter)
+    if not any(o is self.tracker for o in learn.cbs): self._own.append(self.tracker)
     if not any(isinstance(o, GradientAccumulation) for o in learn.cbs):
         self._own.append(AccumulateGrads(1))
         self._own[-1].stays = True
     learn.add_cbs(self._own)
-    self.meter.columns = [self._column] + self.meter.columns
+    self.tracker.columns = [self._column] + self.tracker.columns
 
 @patch
 def _detach(self:GrowBatch, learn):
     learn.remove_cbs(self._own)
-    self.meter.columns = [o for o in self.meter.columns if o is not self._column]
+    self.tracker.columns = [o for o in self.tracker.columns if o is not self._column]
 
 def _set_learn(self, learn):
     old = self.learn
@@ -156,7 +156,7 @@ def after_cancel_epoch(self:GrowBatch): self._restore_lr()
 def after_batch(self:GrowBatch):
     self._restore_lr()
     self._in_epoch += n_examples(self.learn)
-    rows = self.meter.rows
+    rows = self.tracker.rows
     if len(rows) == self._seen: return
     self._seen = len(rows)
     last = noise_in_use(pd.DataFrame(rows[-1:])).iloc[0]
@@ -171,4 +171,4 @@ def after_batch(self:GrowBatch):
     self._note(noise_scale)
 
 @patch(as_prop=True)
-def _opt(self:GrowBatch): return 'adam' if self.meter.adaptive else 'sgd'
+def _opt(self:GrowBatch): return 'adam' if self.tracker.adaptive else 'sgd'

@@ -209,7 +209,7 @@ def test_set_bs_with_it_on_the_learner():
     assert learn.recorder.bs_changes.bs.tolist() == [32, 64] and learn.dls.bs == 32
     boom = Boom()
     boom.error = KeyboardInterrupt
-    learn.grow_batch.meter.says = [(1000, 2000)]
+    learn.grow_batch.tracker.says = [(1000, 2000)]
     with pytest.raises(KeyboardInterrupt): fit(learn, 2, [boom])
     learn.set_bs(8)
     assert learn.dls.bs == 8

@@ -1,5 +1,5 @@
 "What a result knows of itself, and what is computed from it"
-import math, pickle
+import gc, math, pickle, weakref
 
 import numpy as np, pandas as pd, pytest
 from fastai.learner import Recorder
@@ -116,15 +116,15 @@ def test_csv_of_sweeps_and_trainings(tmp_path):
 
 
 def test_the_recorder_keeps_results_and_forgets_with_it():
-    import gc
-    from fastai_bs_finder import result as room
-    rec,n = Recorder(),len(room._results)
+    rec = Recorder()
     assert rec.bs_result is rec.noise_scale_result is rec.bs_sweep_result is None
-    keep_result(rec, 'bs_result', r := result(*known))
-    assert rec.bs_result is r and 'bs_result' not in vars(rec) and len(room._results) == n + 1
+    keep_result(rec, 'bs_result', result(*known))
+    seen = weakref.ref(rec.bs_result)
+    gc.collect()
+    assert seen() is rec.bs_result and 'bs_result' not in vars(rec)
     del rec
     gc.collect()
-    assert len(room._results) == n
+    assert seen() is None
 
 
 def test_of_a_mock_training():
