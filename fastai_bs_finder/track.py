@@ -180,15 +180,12 @@ class OwnPass(Collector):
             for p in params: p.grad = None
             learn.cbs = cbs + [take]
             self._take_gradients()
-        except Exception as e:
-            if not out_of_memory(e): raise
-            self.tracker.out_of_memory = True  # no more of it: the training may have what it needs
         finally:
             ctrl_c.hold()
             snapshot.restore()
             for p,g in zip(params, grads): p.grad = g
             ctrl_c.release()
-        if self.meter.n_batch > 1 and not self.tracker.out_of_memory: self.tracker.note(take.loss_sum/self.meter.sums.samples)
+        if self.meter.n_batch > 1: self.tracker.note(take.loss_sum/self.meter.sums.samples)
 
 # %% ../nbs/43_track.ipynb #f3f84506
 @patch
@@ -254,7 +251,10 @@ class _BatchByBatch(Collector):
             self._grads = [None]*len(self.meter.params)
             self._hooks = [p.register_hook(partial(self._grads.__setitem__, i)) for i,p in enumerate(self.meter.params) if p.requires_grad]
             self.step_seconds += time.perf_counter() - start
+        self.schedule.since += 1
         self._backward_began = time.perf_counter()
+
+    def after_batch(self): pass  # it was counted when it began: the step that it completes ends a measurement
 
     def after_backward(self):
         if self._backward_began is None: return
@@ -263,7 +263,7 @@ class _BatchByBatch(Collector):
         if not self._hooks:
             self._usual_seconds = seconds if self._usual_seconds is None else .9*self._usual_seconds + .1*seconds
             return
-        self.close()
+        self._unhook()
         grads,self._grads = self._grads,None
         if any(g is not None for g in grads):
             self.sq_norm_sum,self.loss_sum = self.sq_norm_sum + self._sq_norms(grads)*bs,self.loss_sum + self.learn.loss.detach().mean()*bs
@@ -271,6 +271,10 @@ class _BatchByBatch(Collector):
         self.step_seconds += max(seconds - (self._usual_seconds or seconds), 0.) + time.perf_counter() - start
 
     def close(self):
+        self._unhook()
+        self.collects = False
+
+    def _unhook(self):
         for h in self._hooks: h.remove()
         self._hooks = []
 
@@ -284,8 +288,14 @@ class _BatchByBatch(Collector):
 # %% ../nbs/43_track.ipynb #4addf554
 class Window(_BatchByBatch):
     "Measures with the micro-batches of a window of `AccumulateGrads`"
+    def __init__(self, tracker):
+        super().__init__(tracker)
+        self._last_epoch = math.inf  # its number of batches: another callback may cut epochs short
+
+    def end_epoch(self): self._last_epoch = self.learn.iter + 1
+
     def _begins(self, n):
-        last = self.learn.n_iter - self.learn.iter < 2*n
+        last = min(self.learn.n_iter, self._last_epoch) - self.learn.iter < 2*n
         return self.due(n, self.schedule.cost or 0., last)
 
     def before_step(self):
@@ -316,9 +326,6 @@ class AllProcesses(_BatchByBatch):
         if not self._passes: self._passes_per_epoch = int(min(self.processes.gather(self.learn.n_iter)))
         super().before_backward()
         self._passes += 1
-        self.schedule.since += 1
-
-    def after_batch(self): pass  # what it counts has been counted
 
     def _begins(self, n):
         if self._steps: return True  # the measurement goes on
@@ -421,21 +428,28 @@ class NoiseScale(AsideCallback):
         self.schedule.begin_epoch()
         for o in self._collectors.values(): o.begin_epoch()
 
+    def _forward(self, event):
+        try: getattr(self._collector, event)()
+        except Exception as e:
+            if not out_of_memory(e) or self.processes.size > 1: raise  # the other processes would wait for this one
+            self._collector.close()
+            self.out_of_memory = True  # no more measurements: the training may have what it needs
+
     def before_backward(self):
         self._pick()
-        self._collector.before_backward()
+        self._forward('before_backward')
 
-    def after_backward(self): self._collector.after_backward()
-    def before_step(self): self._collector.before_step()
+    def after_backward(self): self._forward('after_backward')
+    def before_step(self): self._forward('before_step')
     def after_step(self): self._n_steps += 1
     def after_cancel_step(self): self._n_steps -= 1  # `after_step` follows
 
     def after_batch(self):
         self._n_samples += n_examples(self.learn)*self.processes.size
-        self._collector.after_batch()
+        self._forward('after_batch')
 
     def after_train(self):
-        if self._collector: self._collector.end_epoch()
+        if self._collector: self._forward('end_epoch')
         self.schedule.stop_clock()
 
     def after_epoch(self):

@@ -301,6 +301,13 @@ def test_every():
     assert (gaps == 7).all() and learn.recorder.noise_scale.batch.iloc[0] == 7
 
 
+@pytest.mark.parametrize('every,gap', ((5, 6), (6, 6), (7, 9), (9, 9), (10, 12)))
+def test_every_with_windows_of_three_batches(every, gap):
+    "The next multiple of three, also over the end of an epoch, which is one"
+    batches = quiet_fit(dropout_and_batch_norm(), 2, [AccumulateGrads(48), often(every=every)]).recorder.noise_scale.batch
+    assert (np.diff(batches) == gap).all() and len(batches) > 3
+
+
 def test_the_table(capsys):
     learn = dropout_and_batch_norm()
     with learn.no_bar(): learn.fit(2, 1e-3, cbs=[often()])
@@ -463,6 +470,20 @@ def test_memory_that_does_not_suffice_for_a_measurement(capsys):
     assert not cb.out_of_memory and len(cb.rows) > 3  # another training, another try
 
 
+def test_memory_that_does_not_suffice_for_the_norms_of_a_window(capsys, monkeypatch):
+    "After a measurement that it sufficed for: the training goes on, without hooks, and says so"
+    sq_norms,calls = track.sq_norms,[]
+    def full(grads):
+        calls.append(len(grads))
+        if len(calls) > 8: raise torch.OutOfMemoryError('no memory left')
+        return sq_norms(grads)
+    other,learn = quiet_fit(dropout_and_batch_norm(), 1, [AccumulateGrads(48)]),dropout_and_batch_norm()
+    monkeypatch.setattr(track, 'sq_norms', full)
+    with learn.no_bar(): learn.fit_one_cycle(1, cbs=[AccumulateGrads(48), cb := NoiseScale(share=None)])
+    assert len(calls) == 9 and len(learn.recorder.noise_scale) == 2 and cb.out_of_memory and all(map(torch.equal, learn.model.parameters(), other.model.parameters()))
+    assert 'until there was not enough memory for more' in capsys.readouterr().out and not any(p._backward_hooks for p in learn.model.parameters())
+
+
 class Clock(Callback):
     "A clock that each batch of a training moves by a second, and nothing else"
     order,run_valid = -50,False
@@ -539,6 +560,15 @@ def test_once_in_an_epoch_that_is_cut_short():
     learn = quiet_fit(dropout_and_batch_norm(), 2, [NoiseScale(share=1e-9), ShortEpochCallback(.5)])
     stats = learn.recorder.noise_scale
     assert stats.epoch.tolist() == [0, 1] and stats.batch.iloc[-1] == learn.train_iter < 40
+
+
+def test_once_in_an_epoch_of_windows_that_is_cut_short(monkeypatch):
+    "As the one before it was"
+    from fastai.callback.training import ShortEpochCallback
+    def no_time(self, cost): self.seconds += 1e6
+    monkeypatch.setattr(Schedule, 'spend', no_time)
+    learn = quiet_fit(dropout_and_batch_norm(), 3, [AccumulateGrads(48), NoiseScale(), ShortEpochCallback(.5)])
+    assert learn.recorder.noise_scale.epoch.tolist() == [0, 1, 2]
 
 
 @pytest.mark.parametrize('n_acc,last', ((64, 28), (320, 20), (1000, 30)))
