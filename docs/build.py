@@ -1,5 +1,7 @@
 "Build the site into `_docs`: `make docs`. Notebooks come with the outputs they are stored with; nothing is executed"
 import argparse, ast, inspect, re, shutil, sys, tempfile, warnings
+from dataclasses import is_dataclass
+from functools import cached_property
 from importlib import import_module
 from operator import attrgetter
 from pathlib import Path
@@ -14,7 +16,7 @@ from sphinx.cmd.build import build_main
 
 root = Path(__file__).parents[1]
 lib = 'fastai_bs_finder'
-groups = {'': ('docs/how_it_works', 'docs/faq', 'docs/versions'), 'Tutorials': ('nbs/0*',), 'Questions, answered with runs': ('nbs/6*',),
+groups = {'': ('docs/how_it_works', 'docs/faq', 'docs/versions', 'CONTRIBUTING'), 'Tutorials': ('nbs/0*',), 'Questions, answered with runs': ('nbs/6*',),
           'Results': ('benchmarks/README', 'benchmarks/[!R]*'), 'API': ('docs/api', 'nbs/[1-5]*')}
 
 
@@ -35,8 +37,8 @@ def signature(o):
 
 
 def table(o):
-    "Name, type, default and docment of each parameter, or of each field of a named tuple"
-    if not (inspect.isclass(o) and issubclass(o, tuple)): return tidy(DocmentTbl(o)._repr_markdown_())
+    "Name, type, default and docment of each parameter, or of each field of a named tuple or a dataclass"
+    if not (inspect.isclass(o) and (issubclass(o, tuple) or is_dataclass(o))): return tidy(DocmentTbl(o)._repr_markdown_())
     fields = re.findall(r'^    (\w+)\s*:\s*([^=#\n]+?)\s*(?:=[^#\n]*)?# (.*)$', inspect.getsource(o), re.M)
     return '\n'.join(['| | **Type** | **Details** |', '|---|---|---|', *('| ' + ' | '.join(x.replace('|', r'\|') for x in f) + ' |' for f in fields)])
 
@@ -64,8 +66,8 @@ def symbols(
 
 def entry(name, o, mod):
     "Signature, one-line doc and table, as a directive of Sphinx's Python domain"
-    f = o.fget if isinstance(o, property) else getattr(o, '__func__', o)
-    kind = 'class' if inspect.isclass(o) else 'property' if isinstance(o, property) else 'method' if '.' in name else 'function'
+    f = o.fget if isinstance(o, property) else o.func if isinstance(o, cached_property) else getattr(o, '__func__', o)
+    kind = 'class' if inspect.isclass(o) else 'property' if isinstance(o, property | cached_property) else 'method' if '.' in name else 'function'
     head = [f'````{{py:{kind}}} {name}{"" if kind == "property" else signature(f)}', f':module: {mod.__name__}'] + [':classmethod:']*isinstance(o, classmethod)
     return '\n'.join([*head, '', inspect.cleandoc(o.__doc__), '', table(f), '````'])
 
@@ -118,6 +120,7 @@ def stage(
     "Lay the pages out as they lie in the repository, with the front page at its top: links between them hold as they are"
     shutil.copytree(root/'benchmarks', src/'benchmarks', ignore=shutil.ignore_patterns('__pycache__'))
     shutil.copytree(root/'docs', src/'docs', ignore=shutil.ignore_patterns('__pycache__', '*.py', 'static'))
+    shutil.copy(root/'CONTRIBUTING.md', src)
     (src/'nbs').mkdir()
     for path in sorted((root/'nbs').glob('*.ipynb')):
         proc = NBProcessor(path, [show_api, rm_export, hide_line, clean_magics, rm_header_dash, strip_ansi, rm_progress])
