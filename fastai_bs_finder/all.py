@@ -9,7 +9,7 @@ from .suggest import *
 from .words import *
 from .plot import *
 from .finder import *
-from .accumulate import *
+from .accumulate import AccumulateGrads
 from .set_bs import *
 from .track import *
 from .grow import *

@@ -143,13 +143,13 @@ def advised_bs(
     names = [*(n for n in ('fastest', 'critical') if n in by_name), *by_name]
     return next((bs for n in names if (bs := _as_size(by_name[n]))), None)
 
-# %% ../nbs/21_result.ipynb #f2a97abe
+# %% ../nbs/21_result.ipynb #732eac87
 @dataclass(frozen=True, eq=False, repr=False)
 class BSResult(Result):
     "The result of `bs_find`; everything is computed from it once"
     stats:pd.DataFrame # Measurements of a mock training, a row each: `learn.recorder.bs_stats`
-    run:Run = Run() # How they were taken
-    profile:Profile = Profile() # What is known of time and memory
+    run:Run = field(default_factory=Run) # How they were taken
+    profile:Profile = field(default_factory=Profile) # What is known of time and memory
     suggested:dict = field(default_factory=dict) # Batch sizes by the names of the functions that suggested them
     _parts = dict(run=Run, profile=Profile)
 
