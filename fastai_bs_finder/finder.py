@@ -279,7 +279,7 @@ def _keep(learn, result):
     learn.recorder.bs_stats,learn.recorder.bs_table = result.stats,result.table
     keep_result(learn.recorder, 'bs_result', result)
 
-# %% ../nbs/50_finder.ipynb #b2d7796a
+# %% ../nbs/50_finder.ipynb #b5c928fe
 @patch
 def bs_find(self:Learner,
     lr:float|slice|list|None=None, # Learning rate of the mock training, as in `fit`; `None`: the learner's
@@ -303,7 +303,8 @@ def bs_find(self:Learner,
         n_epoch_it = check_length(self.dls.train, num_it)
         shortest = processes.agree(processes.batches(self.dls.train) if n_epoch_it else math.inf)
         n_epoch_it = None if shortest == math.inf else int(shortest)
-        processes.same('bs_find', lr=lr, num_it=num_it, n_batch=n_batch, beta=beta, n_train=n_train, suggest_funcs=names, profile=share)
+        processes.same('bs_find', lr=lr, num_it=num_it, n_batch=n_batch, beta=beta, n_train=n_train, suggest_funcs=names, profile=share,
+                       finder=finder.__name__)
         check_epoch(n_epoch_it, n_batch, least, batch_size(self.dls.train))
         cb = in_step(finder, self)(n_epoch_it if num_it is None else num_it, n_batch, beta, n_train)
         shows_bar = processes.rank == 0 and any(isinstance(o, progress.ProgressCallback) for o in self.cbs)
