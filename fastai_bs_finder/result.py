@@ -278,7 +278,8 @@ def layer_table(
     return pd.DataFrame.from_dict(rows, orient='index', columns='layer params noise scale noise_scale lo hi'.split()).rename_axis('module')
 
 # %% ../nbs/21_result.ipynb #fde03a7c
-_results = WeakKeyDictionary()
+# On the class, so that what was found outlives a reload of this module
+if not hasattr(Recorder, '_found'): Recorder._found = WeakKeyDictionary()
 
 def keep_result(
     recorder:Recorder, # The learner's recorder
@@ -286,9 +287,9 @@ def keep_result(
     result:Result, # The result
 ):
     "Remember a result for a recorder"
-    _results.setdefault(recorder, {})[name] = result
+    recorder._found.setdefault(recorder, {})[name] = result
 
-def _last(recorder, name): return _results.get(recorder, {}).get(name)
+def _last(recorder, name): return recorder._found.get(recorder, {}).get(name)
 
 @patch(as_prop=True)
 def bs_result(self:Recorder) -> BSResult|None:

@@ -1,10 +1,12 @@
 "What a result knows of itself, and what is computed from it"
-import gc, math, pickle, weakref
+import gc, math, pickle, types, weakref
+from pathlib import Path
 
 import numpy as np, pandas as pd, pytest
 from fastai.learner import Recorder
 from hypothesis import given, strategies as st
 
+from fastai_bs_finder import result as result_module
 from fastai_bs_finder.predict import noiseless_mean, rel_examples, rel_steps, scale_lr
 from fastai_bs_finder.result import BSResult, NoiseScaleResult, Profile, Run, SweepResult, advised_bs, keep_result
 from fastai_bs_finder.suggest import average, critical
@@ -114,6 +116,22 @@ def test_csv_of_sweeps_and_trainings(tmp_path):
     (tmp_path/'other.csv').write_text('a,b')
     with pytest.raises(ValueError, match='does not begin with a line'): BSResult.from_csv(tmp_path/'other.csv')
 
+
+def test_results_outlive_a_reload():
+    "`%autoreload`, or another copy of the module's code in the same process: the properties read what the other wrote"
+    rec,copy = Recorder(),types.ModuleType('copy of result')
+    copy.__package__ = 'fastai_bs_finder'
+    before = result(*known)
+    keep_result(rec, 'bs_result', before)
+    properties = {k: vars(Recorder)[k] for k in ('bs_result', 'noise_scale_result', 'bs_sweep_result')}
+    try:
+        exec(compile(Path(result_module.__file__).read_text(), 'copy', 'exec'), vars(copy))
+        assert rec.bs_result is before
+        after = result(*known)
+        keep_result(rec, 'bs_result', after)
+        assert rec.bs_result is after
+    finally:
+        for k,v in properties.items(): setattr(Recorder, k, v)
 
 def test_the_recorder_keeps_results_and_forgets_with_it():
     rec = Recorder()
