@@ -6,15 +6,16 @@
 __all__ = ['TidyCallback', 'AsideCallback', 'AccumulateGrads', 'micro_bs', 'examples_per_step']
 
 # %% ../nbs/24_accumulate.ipynb #5fbc5e93
-import math
+import math, warnings
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
 from fastcore.basics import patch
-from fastai.callback.core import Callback, CancelBatchException, CancelStepException, event
+from fastai.callback.core import Callback, CancelBackwardException, CancelBatchException, CancelStepException, event
 from fastai.callback.training import GradientAccumulation
 from .checks import check_whole
-from .loaders import batch_size, n_examples
+from .loaders import batch_size, loss_inputs, n_examples
+from .losses import BatchLoss
 
 # %% ../nbs/24_accumulate.ipynb #c81babaa
 class TidyCallback(Callback):
@@ -56,17 +57,17 @@ class AsideCallback(TidyCallback):
 
 # %% ../nbs/24_accumulate.ipynb #0505e5d0
 class AccumulateGrads(TidyCallback, GradientAccumulation):
-    "Step once in `n_acc` examples or more, and at the end of each epoch, with the mean gradient of the examples since the last step"
+    "Step once in `n_acc` examples or more, and at the end of each epoch, with the gradient of all examples since the last step"
     def __init__(self,
         n_acc:int=32, # Number of examples per step, on each process; the micro-batch that reaches it completes the window
     ):
         check_whole('n_acc', n_acc, 1)
-        self.n_acc,self.count,self.stays = n_acc,0,False
+        self.n_acc,self.count,self.stays,self.batch_loss = n_acc,0,False,None
 
     def tidy(self):
         "Drop a window that has not been stepped"
         if self.count and self.learn.opt: self.opt.zero_grad()
-        self.count = 0
+        self.count,self._weight,self._total = 0,0.,0.
         if self.learn and isinstance(self.model, DistributedDataParallel): self.model.require_backward_grad_sync = True
 
     def before_fit(self):
@@ -76,6 +77,7 @@ class AccumulateGrads(TidyCallback, GradientAccumulation):
                              f"{' and '.join(type(o).__name__ for o in others)}: keep one, learn.remove_cb({type(others[0]).__name__}) "
                              "takes one off" + ". GrowBatch brings one along: put yours before it"*any(getattr(o, 'stays', False) for o in others))
         self.tidy()
+        self.batch_loss = BatchLoss()
 
     def before_train(self):
         self.tidy()
@@ -108,14 +110,29 @@ def before_backward(self:AccumulateGrads):
     if not bs:
         raise ValueError("The examples of a batch cannot be counted, and AccumulateGrads weights them equally: neither its first target "
                          "nor its first input is a tensor with the examples along its first axis")
-    if self.count: self._scale(self._bs/bs)
-    self._bs,self.count = bs,self.count + bs
+    self.count += bs
+    weight = self._weigh()
+    if not weight: raise CancelBackwardException  # nothing in it counts, and its gradient is 0/0
+    if self._weight: self._scale(self._weight/weight)
+    self._weight,self._total = weight,self._total + weight
+
+@patch
+def _weigh(self:AccumulateGrads):
+    loss,inputs = self.batch_loss,loss_inputs(self.learn)
+    if not loss.kind and loss.look(*inputs) == 'between':
+        warnings.warn("What an example adds to this loss depends on the others of its batch, so the gradients of several batches are not that of one large batch")
+    return loss.weight(*inputs)
+
+@patch(as_prop=True)
+def rest_factor(self:AccumulateGrads) -> float:
+    "What the gradients have yet to be multiplied with, to be those of all examples since the last step"
+    return 1. if self.batch_loss.kind == 'sum' or not self._total else self._weight/self._total
 
 @patch
 def before_step(self:AccumulateGrads):
     if not self._completes(self.count): raise CancelBatchException
-    self._scale(self._bs/self.count)
-    self.count,self._done = 0,self._done + self._share
+    self._scale(self.rest_factor)
+    self.count,self._weight,self._total,self._done = 0,0.,0.,self._done + self._share
 
 # %% ../nbs/24_accumulate.ipynb #59657f59
 @patch

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['batch_size', 'rebatch', 'follow_at_once', 'follow_no_more', 'second_loader', 'len_or_none', 'n_items',
            'n_train_examples', 'n_examples', 'Passes', 'draw_few', 'check_empty', 'check_length', 'check_epoch',
-           'check_settable']
+           'check_settable', 'part_of', 'loss_inputs']
 
 # %% ../nbs/13_loaders.ipynb #0f15bf0d
 import random
@@ -229,3 +229,16 @@ def check_settable(
         raise ValueError(f"This {type(dl).__name__} has no batch size to set: its batches come ready-made, from its data set, its "
                          "batch_sampler "
                          "or a loader of your own. Make it anew with the batch size that you want")
+
+# %% ../nbs/13_loaders.ipynb #fe9382a3
+def part_of(learn, o, start, stop):
+    if isinstance(o, (tuple, list)): return tuple(part_of(learn, v, start, stop) for v in o)
+    axis = list(o.shape).index(n_examples(learn))
+    return o.narrow(axis, start, stop - start)
+
+# %% ../nbs/13_loaders.ipynb #3599b6df
+def loss_inputs(
+    learn, # A `Learner` in training, after a forward pass
+) -> tuple: # loss_func, pred, yb, number of examples, and a function that cuts out some of them
+    "What `BatchLoss` looks at"
+    return learn.loss_func,learn.pred,learn.yb,n_examples(learn),partial(part_of, learn)

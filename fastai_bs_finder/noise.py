@@ -66,7 +66,9 @@ class GradSums:
         self.metrics = (sq_norms, *metrics)
         self._reset()
 
-    def _reset(self): self.k,self.samples,self.A,self.totals,self.sparse_dims = 0,0,0.,None,{}
+    def _reset(self):
+        self.k,self.samples,self.A,self.totals,self.sparse_dims = 0,0,0.,None,{}
+        self.weight,self.spread,self.spread_totals = 0.,0.,None  # Σ wᵢ, Σ wᵢ²/bᵢ and Σ wᵢ²gᵢ/bᵢ, of a weighted mean
 
     @classmethod
     def of_one_batch(cls,
@@ -77,7 +79,7 @@ class GradSums:
         "The sums of a single batch"
         res = cls()
         res.k,res.samples,res.totals = 1,bs,[None]*len(grads)
-        res._add([(i, g.detach()) for i,g in enumerate(grads) if g is not None], bs/loss_scale)
+        res._add(res.totals, [(i, g.detach()) for i,g in enumerate(grads) if g is not None], bs/loss_scale)
         return res
 
     def add(self,
@@ -85,44 +87,60 @@ class GradSums:
         bs:int, # Number of examples in the batch
         loss_scale:float=1., # What the gradients are still multiplied by (fp16 loss scaling)
         skip_nonfinite:bool=False, # Look at the gradients first, and leave out a batch with inf or nan? Costs a synchronisation on CUDA
+        weight:float|None=None, # Weight of the batch where the loss is a weighted mean, 0 or more: of all batches of a measurement, or of none; `None`: `bs`
     ) -> bool: # Whether the batch was counted
         "Add the gradients of one batch; they are not changed and not kept"
-        grads = list(grads)
+        grads,weighted = list(grads),weight is not None
         if bs < 1: raise ValueError(f"bs={bs}: a batch has 1 example or more")
         if self.totals is None: self.totals = [None]*len(grads)
         if len(grads) != len(self.totals):
             raise ValueError(f"{len(grads)} gradients, but the batches before had {len(self.totals)}: give one per parameter, `None` "
                              "where there is none")
+        if self.k and weighted != (self.spread_totals is not None): raise ValueError("give all batches of a measurement a weight, or none")
+        if weighted and self.spread_totals is None: self.spread_totals = [None]*len(grads)
         grads = [g if g is None else g.detach() for g in grads]
-        idxs = [i for i,g in enumerate(grads) if g is not None]
-        if idxs:
+        idxs,w = [i for i,g in enumerate(grads) if g is not None],weight if weighted else bs
+        if idxs and w:  # the gradient of a batch without weight is 0/0
             sq = sq_norms(grads)
             if skip_nonfinite and not torch.isfinite(sq.sum()): return False
-            self.A = self.A + torch.stack([sq, *(f(grads) for f in self.metrics[1:])])*(bs/loss_scale**2)
-            self._add([(i, grads[i]) for i in idxs], bs/loss_scale)
+            self.A = self.A + torch.stack([sq, *(f(grads) for f in self.metrics[1:])])*(w**2/bs/loss_scale**2)
+            there = [(i, grads[i]) for i in idxs]
+            self._add(self.totals, there, w/loss_scale)
+            if weighted: self._add(self.spread_totals, there, w**2/bs/loss_scale)
         self.k += 1
         self.samples += bs
+        if weighted: self.weight,self.spread = self.weight + w,self.spread + w**2/bs
         return True
 
-    def _add(self, grads, w):
-        "Add `w` times the `(index, gradient)` pairs `grads` to the running sums"
-        dense = [(i,g) for i,g in grads if not g.is_sparse and self.totals[i] is not None and self.totals[i].dtype == g.dtype]
-        if dense: torch._foreach_add_([self.totals[i] for i,_ in dense], [g for _,g in dense], alpha=w)
+    def _add(self, totals, grads, w):
+        "Add `w` times the `(index, gradient)` pairs `grads` to `totals`"
+        dense = [(i,g) for i,g in grads if not g.is_sparse and totals[i] is not None and totals[i].dtype == g.dtype]
+        if dense: torch._foreach_add_([totals[i] for i,_ in dense], [g for _,g in dense], alpha=w)
         done = {i for i,_ in dense}
         for i,g in grads:
             if not g.is_sparse: self.sparse_dims.pop(i, None)
             if i in done: continue
-            if self.totals[i] is None:
+            if totals[i] is None:
                 if g.is_sparse: self.sparse_dims[i] = g.sparse_dim()
-                self.totals[i] = torch.zeros_like(g, dtype=torch.promote_types(g.dtype, torch.float32), layout=torch.strided)
-            self.totals[i].add_(g, alpha=w)
+                totals[i] = torch.zeros_like(g, dtype=torch.promote_types(g.dtype, torch.float32), layout=torch.strided)
+            totals[i].add_(g, alpha=w)
 
     def per_tensor(self) -> Noise: # Arrays of one row per metric and one column per parameter; they add up over the parameters
         "Complete the measurement: unbiased `noise` and `scale` of each parameter, moved to the host here"
         if self.k < 2: raise ValueError(f"{self.k} batches: the noise can be told from the gradient with 2 or more")
         if all(s is None for s in self.totals): return Noise(*np.full((2, len(self.metrics), 1), math.nan))
+        if self.spread_totals is not None: return self._per_tensor_weighted()
         C = torch.stack([f(self.totals) for f in self.metrics])/self.samples
         with np.errstate(invalid='ignore'): return noise_and_scale(*torch.stack([self.A, C]).cpu().numpy(), self.samples, self.k)
+
+    def _per_tensor_weighted(self):
+        n,k,w,spread = self.samples,self.k,self.weight,self.spread
+        off = [c if c is None else c.sub(t, alpha=spread/w) for c,t in zip(self.spread_totals, self.totals)]
+        sq = torch.stack([self.A, *(torch.stack([f(o) for f in self.metrics]) for o in (self.totals, self.spread_totals, off))])
+        A,mean,C,off = sq.cpu().numpy()
+        with np.errstate(invalid='ignore'):
+            noise = (A - (C - off)/spread)/(k - 2 + spread*n/w**2)*(n/w)**2
+            return Noise(noise, mean/w**2 - noise/n)
 
     def noise_and_scale(self) -> Noise: # Unbiased `noise` and `scale` of these batches
         "Complete the measurement"
@@ -132,7 +150,8 @@ class GradSums:
         loss_scale:float=1., # What to multiply the mean with (fp16 loss scaling)
     ) -> list: # The mean gradient over the examples, one tensor per parameter (`None` where no batch had a gradient), sparse where all were
         "Hand over the mean gradient, made of the running sums in place, and start again from zero"
-        sums,w,sparse = self.totals or [],loss_scale/max(self.samples, 1),self.sparse_dims
+        sums,sparse = self.totals or [],self.sparse_dims
+        w = loss_scale/((self.weight or 1) if self.spread_totals is not None else max(self.samples, 1))
         if present := [s for s in sums if s is not None]: torch._foreach_mul_(present, w)
         self._reset()
         return [s.to_sparse(sparse[i]) if i in sparse else s for i,s in enumerate(sums)]
@@ -258,9 +277,10 @@ class NoiseMeter(NoiseAverage):
         bs:int, # Number of examples in the batch
         loss_scale:float=1., # What the gradients are still multiplied by (fp16 loss scaling)
         skip_nonfinite:bool=False, # Look at the gradients first, and leave out a batch with inf or nan? Costs a synchronisation on CUDA
+        weight:float|None=None, # Weight of the batch where the loss is a weighted mean, see `GradSums.add`
     ) -> bool: # Whether the batch was counted
         "Add the gradients of one batch to the measurement under way; they are not changed and not kept"
-        return self.sums.add(grads, bs, loss_scale, skip_nonfinite)
+        return self.sums.add(grads, bs, loss_scale, skip_nonfinite, weight)
 
     @property
     def n_batch(self) -> int:
