@@ -20,10 +20,11 @@ from fastai.callback.core import TrainEvalCallback, CancelBatchException, Cancel
 from fastai.learner import Learner
 from fastai.torch_core import num_distrib
 from .checks import check_learner, check_lr, check_opt, check_profile, check_whole, suggestion_names
-from .loaders import Passes, batch_size, check_epoch, check_length, len_or_none, n_examples, n_train_examples
+from .loaders import Passes, batch_size, check_epoch, check_length, len_or_none, loss_inputs, n_examples, n_train_examples
+from .losses import BatchLoss
 from .memory import estimate_memory, warm_up
 from .metric import OptMeter
-from .mock import MockCallback, StepClock, in_step, loss_scale, mock_training, set_gradients
+from .mock import MockCallback, StepClock, in_step, loss_scale, mock_training, pass_parts, set_gradients
 from .noise import GradSums, NoiseAverage
 from .processes import by_itself, processes_of, together
 from .profile import profile_steps
@@ -60,6 +61,7 @@ class BSFinder(MockCallback):
         self.meter,self.rows,self.parts,self.step_seconds = None,[],[],[]
         self.run_facts = dict(num_it=self.num_it, n_batch=self.n_batch, n_train=self.n_train, beta=self.beta, biased=self.biased)
         self.spent,self.seen,self.steps,self.bs,self.error = 0,0,0,0,None
+        self.batch_loss,self._weighs,self._weights = BatchLoss(),False,[]
         self._left_to_train,self._measuring,self._loss_sum,self._clock = 0,False,0.,StepClock()
         self.first_loss = torch.tensor(math.nan)
 
@@ -82,6 +84,7 @@ def _drop_measurement(self:BSFinder):
 
 @patch
 def before_batch(self:BSFinder):
+    if not self.spent and self.processes.size == 1: pass_parts(self.learn, self.batch_loss)
     cycle = self.n_train + self.n_batch
     if not self.spent and self.num_it >= 4*cycle and self.n_iter >= cycle: self._left_to_train = self.n_train
     fits = self.n_batch <= min(self.n_iter - self.iter, self.num_it - self.spent)
@@ -122,6 +125,7 @@ def after_loss(self:BSFinder):
     if not len(self.yb): self._fail("The training loader yields no target: a loss, and its gradient, need one. Give the loader targets, or set dls.n_inp")
     if not n_examples(self.learn):
         self._fail("The examples of a batch cannot be counted: neither its first target nor its first input is a tensor with the examples along its first axis")
+    if not self.spent or self._measuring and not self.meter.n_batch: self.batch_loss.look(*loss_inputs(self.learn))
 
 # %% ../nbs/50_finder.ipynb #49ac1f8a
 @patch
@@ -129,19 +133,28 @@ def after_backward(self:BSFinder):
     if not self._measuring:
         if self.average_gradients(self.meter.params): self._left_to_train = self.n_train + 1  # others have just measured: go along with them
         return
-    grads,bs,scale = [p.grad for p in self.meter.params],n_examples(self.learn),loss_scale(self.learn)
+    grads,bs,fp16_scale = [p.grad for p in self.meter.params],n_examples(self.learn),loss_scale(self.learn)
+    scale,weight = (fp16_scale or 1.)*(bs if self.batch_loss.kind == 'sum' else 1),self._weight()
     if all(g is None for g in grads): self._leave_out('no gradient')
-    if not self.meter.sums.add(grads, bs, scale or 1., skip_nonfinite=scale is not None or self._on_cpu):
+    if not self.meter.sums.add(grads, bs, scale, skip_nonfinite=fp16_scale is not None or self._on_cpu, weight=weight):
         self._check_loss()
-        if scale is not None: return
+        if fp16_scale is not None: return
         self._leave_out('not finite')
     self.bs = max(self.bs, bs)
-    self._loss_sum = self._loss_sum + self.learn.loss.detach().mean()*bs
-    if self.meter.n_batch == self.n_batch: self._complete(bs, scale or 1.)
+    if weight != 0: self._loss_sum = self._loss_sum + self.learn.loss.detach().mean()*bs  # else it is 0/0
+    if self.meter.n_batch == self.n_batch: self._complete(bs, scale)
     else: self.stand_still()
 
 @patch(as_prop=True)
 def _on_cpu(self:BSFinder): return self.learn.loss.device.type == 'cpu'
+
+@patch
+def _weight(self:BSFinder):
+    "What the batch weighs; `None` where its examples do"
+    if not self.meter.n_batch: self._weighs = self.batch_loss.kind == 'weighted' and self.processes.size == 1
+    if not self._weighs: return
+    self._weights.append(self.batch_loss.weight(*loss_inputs(self.learn)))
+    return self._weights[-1]
 
 @patch
 def _leave_out(self:BSFinder, why):
@@ -214,8 +227,9 @@ def after_batch(self:BSFinder):
 def result(self:BSFinder) -> BSResult: # Without what is known of time and memory, and without suggestions
     "The measurements so far, and how they were taken"
     names = [*('batch', 'step', 'samples', 'loss'), *NoiseAverage().columns(), *NoiseAverage().columns('opt_')]
+    uneven = float(np.std(self._weights)/np.mean(self._weights)) if any(self._weights) else 0.
     facts = dict(bs=self.bs, spent=self.spent, stopped='ended' if self.spent < self.num_it else '', first_loss=float(self.first_loss),
-                 opt='adam' if self.meter and self.meter.metric.adaptive else 'sgd')
+                 opt='adam' if self.meter and self.meter.metric.adaptive else 'sgd', loss=self.batch_loss.kind, uneven=uneven)
     return BSResult(pd.DataFrame(self.rows, columns=None if self.rows else names), Run(**facts | self.run_facts))
 
 # %% ../nbs/50_finder.ipynb #7dc29468

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['mock_training', 'MockCallback', 'set_gradients', 'loss_scale', 'synchronize', 'StepClock', 'TimedSteps', 'run_steps',
-           'out_of_memory', 'LockStep', 'in_step']
+           'pass_parts', 'out_of_memory', 'LockStep', 'in_step']
 
 # %% ../nbs/30_mock.ipynb #35041c14
 import time
@@ -21,7 +21,8 @@ from fastai.callback.fp16 import MixedPrecision, NonNativeMixedPrecision
 from fastai.callback.training import GradientAccumulation
 from fastai.learner import AvgSmoothLoss, Learner
 from fastai.torch_core import to_detach
-from .loaders import Passes, draw_few, len_or_none, n_examples, rebatch
+from .loaders import Passes, draw_few, len_or_none, n_examples, part_of, rebatch
+from .losses import BatchLoss
 from .noise import GradSums
 from .processes import Processes, before_broadcast, is_distributed, processes_of, trainers
 from .snapshot import no_footprint
@@ -152,6 +153,22 @@ def run_steps(
     cb = in_step(TimedSteps, learn)(enough)
     learn.fit(10**9, 0., cbs=cb)
     return cb
+
+# %% ../nbs/30_mock.ipynb #23fa38c3
+def pass_parts(
+    learn:Learner, # A learner in training, before a forward pass
+    batch_loss:BatchLoss, # Where to note what comes out
+):
+    "Pass the batch in hand and its parts through the model, in evaluation mode"
+    def loss_of(start, stop):
+        pred = learn.model(*part_of(learn, learn.xb, start, stop))
+        return float(learn.loss_func(pred, *part_of(learn, learn.yb, start, stop)))
+    modes = [(m, m.training) for m in learn.model.modules()]
+    for m,_ in modes: m.training = False
+    try: batch_loss.pass_parts(loss_of, n_examples(learn))
+    finally:
+        for m,on in modes: m.training = on
+    if hasattr(learn.model, 'reset'): learn.model.reset()
 
 # %% ../nbs/30_mock.ipynb #dfa2281b
 def out_of_memory(

@@ -74,7 +74,8 @@ def plot_gain(
     "Draw time and examples against the batch size"
     table,bs,max_bs = result.table,result.bs_in_use,result.profile.max_bs
     if table is None:
-        return ax.text(.5, .5, 'no prediction: the noise scale\nis not known well enough', ha='center', va='center', transform=ax.transAxes)
+        why = dict(between='the examples\nof a batch depend on each other', alike='the batches\nare not drawn at random').get(result.hindrance, 'the noise scale\nis not known well enough')
+        return ax.text(.5, .5, f'no prediction: {why}', ha='center', va='center', transform=ax.transAxes)
     for q,color,ls in ('time' if table.time.notna().any() else 'steps', 'C0', '-'), ('examples', 'C7', '-.'):
         ax.plot(table.index, table[q], c=color, ls=ls, label=q)
         ax.fill_between(table.index, table[f'{q}_lo'], table[f'{q}_hi'], color=color, alpha=.2, lw=0)

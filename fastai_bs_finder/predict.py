@@ -50,6 +50,7 @@ def scale_lr(
     new_bs:float, # The new batch size
     noise_scale:float|None=None, # In examples; `None`: far above both sizes, the linear rule for SGD and the square-root rule for Adam
     opt:str='adam', # 'sgd', or 'adam' for every optimizer that divides by the root of a second moment
+    loss:str='mean', # 'sum' where the loss is summed over the batch: SGD's steps grow with the batch by themselves
 ) -> float|slice|list: # The learning rate for `new_bs`, of the same kind as `lr`
     "Scale a learning rate to another batch size (McCandlish et al. 2018, section 2.2). Raises `ValueError` on bad input"
     if opt not in exponents:
@@ -60,6 +61,7 @@ def scale_lr(
         if not isinstance(x, Real) or not (x > 0 or x == 0 and name == 'noise_scale'):
             raise ValueError(f"{name}={x!r} is not a number above 0")
     factor = (1/rel_steps(new_bs, bs, math.inf if noise_scale is None else noise_scale))**exponents[opt]
+    if loss == 'sum' and opt == 'sgd': factor *= bs/new_bs
     def scaled(x): return x if x is None else x*factor
     if isinstance(lr, slice): return slice(scaled(lr.start), scaled(lr.stop), lr.step)
     return scaled(lr) if isinstance(lr, Real) or hasattr(lr, 'tolist') else type(lr)(map(scaled, lr))
@@ -140,6 +142,7 @@ def compare(
     step_time:StepTime|None=None, # Seconds per step; `None`: not known
     max_bs:int|None=None, # The largest batch that fits in memory; `None`: not known
     n:int|None=None, # Number of examples in an epoch; `None`: not known
+    loss:str='mean', # 'sum' where the loss is summed over the batch, see `scale_lr`
 ) -> dict: # steps, examples, epochs and time relative to those at `bs0`, sec_per_epoch, lr, fits, and the ends of intervals as steps_lo, steps_hi, …
     "What a training to the same loss takes at `bs` (McCandlish et al. 2018, section 2.3, and the time of a step)"
     def seconds(bs): return n_parts(bs, max_bs)*float(step_time(bs/n_parts(bs, max_bs))) if step_time else math.nan
@@ -147,7 +150,7 @@ def compare(
     for B in noise_scale:
         steps = rel_steps(bs, bs0, B)
         examples = steps*bs/bs0
-        by_end.append(dict(steps=steps, examples=examples, epochs=examples, time=steps*rel_time, lr=scale_lr(lr, bs0, bs, B, opt)))
+        by_end.append(dict(steps=steps, examples=examples, epochs=examples, time=steps*rel_time, lr=scale_lr(lr, bs0, bs, B, opt, loss)))
     value,*ends = by_end
     fits = '' if not max_bs else 'yes' if bs <= max_bs else f'accumulate {n_parts(bs, max_bs)}'
     res = {q: value[q] for q in ('steps', 'examples', 'epochs', 'time')} | dict(sec_per_epoch=seconds(bs)*n/bs if n else math.nan, lr=value['lr'], fits=fits)

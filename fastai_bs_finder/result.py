@@ -79,6 +79,9 @@ class Run:
     lr:float = math.nan # Learning rate at the first measurement, of the last parameter group
     lr_given:float|slice|list|None = None # Learning rate of the mock training, as `fit` takes it; `None`: `lr`
     opt:str = 'sgd' # How the learning rate follows the batch size, see `scale_lr`
+    loss:str = '' # What the loss is: 'mean', 'sum', 'weighted', 'between'; empty where it is not known, see `BatchLoss`
+    uneven:float = 0. # Standard deviation of the weights of the batches, relative to their mean, where the loss is a weighted mean
+    alike:bool = False # Are batches that follow each other more alike than others?
     num_it:int = 0 # Number of batches to spend
     spent:int = 0 # Number of batches that were spent
     n_batch:int = 10 # Number of batches per measurement, of each process
@@ -158,10 +161,15 @@ class BSResult(Result):
         "The noise scale that the suggestions use, see `noise_in_use`"
         return noise_in_use(self.stats)
 
+    @property
+    def hindrance(self) -> str:
+        "Why the measurements do not tell what other batch sizes would do, a key of `words.hindrances`; empty where they do"
+        return 'alike' if self.run.alike else 'between' if self.run.loss == 'between' else ''
+
     @cached_property
     def mean_noise_scale(self) -> tuple|None:
-        "The noise scale averaged over the mock training, see `mean_noise_scale`"
-        return mean_noise_scale(self.stats, self.run.bs)
+        "The noise scale averaged over the mock training, see `mean_noise_scale`; `None` where there is a `hindrance`"
+        return None if self.hindrance else mean_noise_scale(self.stats, self.run.bs)
 
     @property
     def bs_in_use(self) -> int:
@@ -194,7 +202,7 @@ class BSResult(Result):
         "What a training to the same loss takes at `bs`, relative to the batch size in use"
         if self.mean_noise_scale is None: return
         lr = self.run.lr if self.run.lr_given is None else self.run.lr_given
-        return compare(bs, self.run.bs, self.mean_noise_scale, lr, self.run.opt, self.step_time, self.profile.max_bs, self.run.n)
+        return compare(bs, self.run.bs, self.mean_noise_scale, lr, self.run.opt, self.step_time, self.profile.max_bs, self.run.n, self.run.loss)
 
     @cached_property
     def table(self) -> pd.DataFrame|None:

@@ -17,7 +17,7 @@ def critical(
     result:BSResult, # The result of a mock training: `learn.recorder.bs_result`
 ) -> int|None: # A batch size; the largest that is safe where the interval has no upper end; `None` where nothing can be said
     "The noise scale at the end of the mock training: larger batches mostly burn compute, smaller ones mostly cost steps"
-    if not len(result): return None
+    if not len(result) or result.hindrance: return None
     last = result.in_use.iloc[-1]
     if last.hi == math.inf: return round_bs(last.lo, result.largest, down=True) if last.lo >= 1 else None
     return round_bs(last.noise_scale, result.largest) if last.noise > 0 and last.scale > 0 else None
@@ -27,7 +27,7 @@ def average(
 ) -> int|None: # A batch size; `None` where the noise scale had an upper end in fewer than half of the measurements
     "The noise scale averaged over the mock training (McCandlish et al. 2018, Table 1 gives it beside the one at the start)"
     known = result.in_use[result.in_use.hi < math.inf]
-    if len(known) < max(len(result)/2, 1): return None
+    if len(known) < max(len(result)/2, 1) or result.hindrance: return None
     return round_bs(known.noise_scale.mean(), result.largest)
 
 def quickest(

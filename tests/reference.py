@@ -62,10 +62,10 @@ def ema(pairs, beta):
     return res
 
 
-def per_example_grads(model, X, y):
+def per_example_grads(model, X, y, loss_func=nn.functional.cross_entropy):
     "The gradient of each example's loss, one float64 row per example"
     params = {k: p.detach() for k,p in model.named_parameters()}
-    def loss(params, x, t): return nn.functional.cross_entropy(functional_call(model, params, (x[None],)), t[None])
+    def loss(params, x, t): return loss_func(functional_call(model, params, (x[None],)), t[None])
     each = vmap(grad(loss), in_dims=(None, 0, 0))(params, X, y)
     return torch.cat([g.flatten(1) for g in each.values()], 1).double()
 

@@ -1,0 +1,240 @@
+"What a loss is, what batches weigh in it, and what follows for measurements and accumulated gradients"
+import random
+from functools import partial
+
+import numpy as np, pytest, torch
+import torch.nn.functional as F
+from hypothesis import given, settings, strategies as st
+from torch import nn
+from fastai.basics import Callback, CancelFitException, CrossEntropyLossFlat, DataLoaders, Learner, SGD, set_seed
+from fastai.callback.mixup import MixUp
+from fastai.losses import DiceLoss, FocalLossFlat, LabelSmoothingCrossEntropy
+
+from fastai_bs_finder.all import *
+from fastai_bs_finder.demo import digits_learner
+from fastai_bs_finder.losses import BatchLoss
+from reference import per_example_grads
+
+n,classes = 24,5
+rng = torch.Generator().manual_seed(0)
+logits,y = torch.randn(n, classes, generator=rng),torch.randint(0, classes, (n,), generator=rng)
+weight = torch.tensor([1., 20, 1, 1, 5])
+some = torch.where(torch.arange(n) % 3 == 0, -100, y)
+words,next_words = torch.randn(n, 7, classes, generator=rng),torch.randint(0, classes, (n, 7), generator=rng)
+cut_short = torch.where(torch.arange(7) > torch.randint(1, 7, (n, 1), generator=rng), -100, next_words)
+
+
+def cut(o, start, stop): return tuple(t[start:stop] for t in o) if isinstance(o, tuple) else o[start:stop]
+def look(loss_func, pred, *yb): return BatchLoss().look(loss_func, pred, yb, len(yb[0]), cut)
+def tokens(p, t, **kwargs): return F.cross_entropy(p.reshape(-1, classes), t.reshape(-1), **kwargs)
+def elbo(p, t): return F.mse_loss(p[0], p[1], reduction='sum') + p[2].pow(2).sum()
+def probabilities(p, t): return F.binary_cross_entropy(p.sigmoid(), F.one_hot(t, classes).to(p))
+def masked(p, t):
+    mask = (t > 1).to(p)
+    return (F.cross_entropy(p, t, reduction='none')*mask).sum()/mask.sum()
+def spread(p, t): return ((p[:, 0] - t)**2).mean()/p[:, 0].var()
+def hardest(p, t): return F.cross_entropy(p, t, reduction='none').topk(len(t)//2).values.mean()
+def barlow(p, t): return ((p - p.mean(0)).T @ (p - p.mean(0))/len(p)).pow(2).sum()
+def triplets(p, t): return F.triplet_margin_loss(p, p.roll(1, 0), p.roll(2, 0))
+
+
+@pytest.mark.parametrize('kind,loss,args', [
+    ('mean', CrossEntropyLossFlat(), (logits, y)), ('mean', F.cross_entropy, (logits, y)), ('mean', FocalLossFlat(), (logits, y)),
+    ('mean', LabelSmoothingCrossEntropy(), (logits, y)), ('mean', probabilities, (logits, y)), ('mean', nn.L1Loss(), (logits[:, 0], y)),
+    ('mean', nn.MSELoss(), (logits, logits.roll(1, 0))), ('mean', tokens, (words, next_words)), ('mean', lambda p, t: F.cross_entropy(p, t) + 3., (logits, y)),
+    ('mean', F.cross_entropy, (logits.half(), y)), ('mean', nn.KLDivLoss(reduction='batchmean'), (logits.log_softmax(1), logits.roll(1, 0).softmax(1))),
+    ('sum', partial(F.cross_entropy, reduction='sum'), (logits, y)), ('sum', nn.MSELoss(reduction='sum'), (logits, logits.roll(1, 0))),
+    ('sum', elbo, ((logits, logits.roll(1, 1), logits), y)), ('sum', DiceLoss(), (logits[..., None], y[:, None])), ('sum', lambda p, t: tokens(p, t)*len(t), (words, next_words)),
+    ('weighted', CrossEntropyLossFlat(weight=weight), (logits, y)), ('weighted', nn.NLLLoss(weight=weight), (logits.log_softmax(1), y)),
+    ('weighted', lambda p, t: F.cross_entropy(p, t, weight=weight), (logits, y)), ('weighted', F.cross_entropy, (logits, some)),
+    ('weighted', tokens, (words, cut_short)), ('weighted', masked, (logits, y)),
+    ('between', lambda z, t: F.cross_entropy(z @ z.T, torch.arange(len(z))), (logits, y)), ('between', spread, (logits, y)), ('between', hardest, (logits, y)),
+    ('between', barlow, (logits, y)), ('between', lambda p, t: F.cross_entropy(p, t).sqrt(), (logits, y)),
+    ('', lambda p, t: F.cross_entropy(p + torch.randn_like(p), t), (logits, y)), ('', lambda p, t: F.cross_entropy(p.view(n, -1), t), (logits, y))])
+def test_kinds(kind, loss, args):
+    before = torch.get_rng_state(),np.random.get_state()[1].tolist(),random.getstate(),logits.clone()
+    assert look(loss, *args) == kind
+    assert torch.equal(torch.get_rng_state(), before[0]) and np.random.get_state()[1].tolist() == before[1] and random.getstate() == before[2]
+    assert torch.equal(logits, before[3]) and getattr(loss, 'reduction', 'mean') != 'none'
+
+
+def test_two_batches_of_one_example():
+    for kind,loss in dict(mean=F.cross_entropy, sum=lambda p, t: F.cross_entropy(p, t, reduction='sum'), weighted=CrossEntropyLossFlat(weight=weight)).items():
+        found = BatchLoss()
+        assert [found.look(loss, logits[i:i + 1], (y[i:i + 1],), 1, cut) for i in (list(y).index(1), list(y).index(0))] == ['', kind]
+
+
+def test_a_mean_by_chance_is_found_out():
+    loss,found = CrossEntropyLossFlat(weight=weight),BatchLoss()
+    ones = torch.full_like(y, 1)
+    assert [found.look(loss, logits, (t,), n, cut) for t in (ones, y, ones)] == ['mean', 'weighted', 'weighted']
+
+
+@pytest.mark.parametrize('loss,target,weights', [(CrossEntropyLossFlat(weight=weight), y, weight[y]), (lambda p, t: F.cross_entropy(p, t, weight=weight.to(p)), y, weight[y]),
+                                                 (F.cross_entropy, some, (some >= 0).float()), (masked, y, (y > 1).float())])
+def test_weights(loss, target, weights):
+    found = BatchLoss()
+    found.look(loss, logits, (target,), n, cut)
+    parts = [slice(0, 3), slice(3, 4), slice(4, 15), slice(15, 24)]
+    ws = np.array([found.weight(loss, logits[p], (target[p],), len(target[p]), cut) for p in parts])
+    np.testing.assert_allclose(ws/ws.sum(), [weights[p].sum()/weights.sum() for p in parts], rtol=1e-5)
+
+
+class Grab(Callback):
+    "Keeps the gradients of the first step, and makes none"
+    order = 90
+    def before_step(self):
+        self.learn.grabbed = [p.grad.clone() for p in self.learn.model.parameters()]
+        raise CancelFitException
+
+
+def first_step(model, items, bs, n_acc, loss, collate=None):
+    "The gradient of the first step"
+    dls = DataLoaders(*(torch.utils.data.DataLoader(items, bs, collate_fn=collate) for _ in range(2)))
+    learn = Learner(dls, model, loss_func=loss, opt_func=SGD)
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, 0., cbs=[Grab()] + [AccumulateGrads(n_acc)]*(n_acc > bs))
+    for p in model.parameters(): p.grad = None
+    return torch.cat([g.flatten() for g in learn.grabbed])
+
+
+def assert_same_step(model, items, bs, loss, collate=None):
+    whole,pieces = (first_step(model, items, size, len(items), loss, collate) for size in (len(items), bs))
+    assert (pieces - whole).norm() <= 1e-5*whole.norm()
+
+
+losses = dict(flat=CrossEntropyLossFlat, module=nn.CrossEntropyLoss, function=lambda **kwargs: partial(F.cross_entropy, **kwargs),
+              closure=lambda **kwargs: lambda p, t: F.cross_entropy(p, t, **kwargs))
+
+
+@given(n=st.integers(2, 30), bs=st.integers(1, 12), loss=st.sampled_from(list(losses)), weighted=st.booleans(), smoothing=st.sampled_from([0., .1]),
+       reduction=st.sampled_from(['mean', 'sum']), ignored=st.floats(0, .9), seed=st.integers(0, 10_000))
+def test_accumulated_is_the_whole_batch(n, bs, loss, weighted, smoothing, reduction, ignored, seed):
+    torch.manual_seed(seed)
+    X,t,model = torch.randn(n, 4),torch.randint(0, classes, (n,)),nn.Linear(4, classes)
+    t[1:][torch.rand(n - 1) < ignored] = -100
+    loss_func = losses[loss](reduction=reduction, label_smoothing=smoothing, **dict(weight=weight) if weighted else {})
+    assert_same_step(model, list(zip(X, t)), min(bs, n - 1), loss_func)
+
+
+@given(lengths=st.lists(st.integers(1, 7), min_size=2, max_size=20), bs=st.integers(1, 8), time_first=st.booleans(), seed=st.integers(0, 10_000))
+@settings(max_examples=20)
+def test_accumulated_sentences_of_different_lengths(lengths, bs, time_first, seed):
+    "A mean over the words of all of them"
+    torch.manual_seed(seed)
+    items = [(torch.randn(7, 4), F.pad(torch.randint(0, classes, (k,)), (0, 7 - k), value=-100)) for k in lengths]
+    def collate(b): return tuple(torch.stack(o, int(time_first)) for o in zip(*b))
+    assert_same_step(nn.Linear(4, classes), items, min(bs, len(items) - 1), tokens, collate)
+
+
+def test_a_piece_in_which_nothing_counts_is_left_out():
+    items = [(x, torch.tensor(t)) for x,t in zip(torch.randn(9, 4), [1, 2, 3, -100, -100, -100, 0, 1, -100])]
+    assert_same_step(nn.Linear(4, classes), items, 3, CrossEntropyLossFlat())
+
+
+def test_accumulating_what_is_between_examples_warns():
+    learn = digits_learner(bs=16)
+    learn.loss_func = lambda z, t: F.cross_entropy(z @ z.T, torch.arange(len(z)))
+    with pytest.warns(UserWarning, match='depends on the others of its batch'), learn.no_bar(), learn.no_logging(): learn.fit(1, .01, cbs=AccumulateGrads(64))
+
+
+def truth(model, items, loss, weights=None):
+    "Noise and scale of large batches, from the gradients of single examples; of a weighted mean by the delta method"
+    g = per_example_grads(model, *map(torch.stack, zip(*items)), loss)
+    w = torch.ones(len(g)).double() if weights is None else weights.double()
+    G = (w[:, None]*g).sum(0)/w.sum()
+    S = float((((w[:, None]*(g - G))/w.mean())**2).sum()/(len(g) - 1))
+    return S,float((G**2).sum()) - S/len(g)
+
+
+def measured(model, items, loss, bs, seeds, num_it=200):
+    "Mean noise and scale over runs at fixed weights"
+    found = []
+    for seed in range(seeds):
+        torch.manual_seed(seed)
+        dls = DataLoaders(torch.utils.data.DataLoader(items, bs, shuffle=True, drop_last=True), torch.utils.data.DataLoader(items[:bs], bs))
+        learn = Learner(dls, model, loss_func=loss, opt_func=SGD)
+        with learn.no_bar(), learn.no_logging(): learn.bs_find(0., num_it, 10, beta=.999, n_train=0, show_plot=False, profile=False)
+        found.append(learn.recorder.bs_stats[['noise', 'scale']].iloc[-1])
+    return np.mean(found, axis=0),learn.recorder.bs_result.run.loss
+
+
+def class_weighted():
+    X = torch.randn(3000, 8)
+    t = (X[:, 0] + .7*torch.randn(3000) > 1.5).long()
+    w = torch.tensor([1., 8.])
+    return nn.Linear(8, 2),list(zip(X, t)),CrossEntropyLossFlat(weight=w),w[t],'weighted'
+
+def summed():
+    X = torch.randn(3000, 8)
+    return nn.Linear(8, 2),list(zip(X, (X[:, 0] > .5).long())),CrossEntropyLossFlat(reduction='sum'),None,'sum'
+
+def of_words():
+    X,k = torch.randn(3000, 7, 4),torch.randint(1, 8, (3000,))
+    t = torch.where(torch.arange(7) < k[:, None], (X[..., 0] > 0).long() + (X[..., 1] > .5).long(), -100)
+    return nn.Linear(4, classes),list(zip(X, t)),tokens,k.float(),'weighted'
+
+
+@pytest.mark.parametrize('seeds', [6, pytest.param(40, marks=pytest.mark.slow)])
+@pytest.mark.parametrize('case', [class_weighted, summed, of_words])
+def test_noise_and_scale_are_those_of_single_examples(case, seeds):
+    torch.manual_seed(0)
+    model,items,loss,weights,kind = case()
+    for p in model.parameters(): p.data *= .3
+    noise_and_scale,found = measured(model, items, loss, 32, seeds)
+    assert found == kind
+    np.testing.assert_allclose(noise_and_scale, truth(model, items, loss, weights), rtol=.05)
+
+
+class OfAllPairs(nn.Module):
+    "Similarities of all pairs of examples"
+    def __init__(self): super().__init__(); self.a,self.b = nn.Linear(64, 8),nn.Linear(64, 8)
+    def forward(self, x): return self.a(x) @ self.b(x).T
+
+class Centered(nn.Module):
+    "Outputs less those of the other examples of the batch"
+    def __init__(self): super().__init__(); self.a = nn.Linear(64, 10)
+    def forward(self, x): return (h := self.a(x)) - h.mean(0)
+
+
+def pairs(z, t): return F.cross_entropy(z, torch.arange(len(z))) + F.cross_entropy(z.T, torch.arange(len(z)))
+
+
+@pytest.mark.parametrize('model,loss', [(OfAllPairs, pairs), (Centered, CrossEntropyLossFlat()), (None, lambda z, t: F.cross_entropy(z @ z.T, torch.arange(len(z)))),
+                                        (None, lambda p, t: triplets(p, t)), (None, barlow)])
+def test_no_advice_where_examples_depend_on_each_other(model, loss):
+    learn = digits_learner(bs=16)
+    if model: learn.model = model()
+    learn.loss_func = loss
+    with learn.no_bar(): sug = learn.bs_find(.01, 120)
+    result = learn.recorder.bs_result
+    assert set(sug) == {None} and result.table is None and result.advised is None and 'depends on the others of its batch' in str(result)
+    with pytest.raises(ValueError, match='There is no batch size in'): learn.set_bs(sug)
+
+
+@pytest.mark.parametrize('model', [nn.Sequential(nn.Linear(64, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Dropout(.5), nn.Linear(32, 10)),
+                                   nn.Sequential(nn.Linear(64, 32), nn.LayerNorm(32), nn.Linear(32, 10))])
+def test_the_statistics_of_batch_norm_are_set_aside(model):
+    learn = digits_learner(bs=16)
+    learn.model = model
+    modes = [m.training for m in model.modules()]
+    with learn.no_bar(), learn.no_logging(): learn.bs_find(.01, 120, show_plot=False, profile=False)
+    assert learn.recorder.bs_result.run.loss == 'mean' and [m.training for m in model.modules()] == modes
+
+
+def test_a_loss_that_mixes_examples_by_a_callback_is_not_judged():
+    learn = digits_learner(bs=16)
+    with learn.no_bar(), learn.no_logging(): learn.bs_find(.01, 120, show_plot=False, profile=False) if learn.add_cb(MixUp()) else None
+    assert learn.recorder.bs_result.run.loss == '' and learn.recorder.bs_result.table is not None
+
+
+def test_the_advice_for_a_sum_is_that_for_its_mean():
+    tables = []
+    for reduction,lr in ('mean', .16), ('sum', .01):
+        set_seed(0)
+        learn = digits_learner(bs=16)
+        learn.loss_func = CrossEntropyLossFlat(reduction=reduction)
+        with learn.no_bar(), learn.no_logging(): learn.bs_find(lr, 400, show_plot=False, profile=False)
+        tables.append(learn.recorder.bs_table)
+    of_mean,of_sum = tables
+    np.testing.assert_allclose(of_sum.steps, of_mean.steps, rtol=1e-3)
+    np.testing.assert_allclose((of_sum.lr*of_sum.index).astype(float), of_mean.lr.astype(float), rtol=1e-3)
