@@ -282,6 +282,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'fastai_bs_finder.metric._is_opt': ('metric.html#_is_opt', 'fastai_bs_finder/metric.py'),
                                          'fastai_bs_finder.metric._power': ('metric.html#_power', 'fastai_bs_finder/metric.py'),
                                          'fastai_bs_finder.metric._probes': ('metric.html#_probes', 'fastai_bs_finder/metric.py'),
+                                         'fastai_bs_finder.metric._random_state_kept': ( 'metric.html#_random_state_kept',
+                                                                                         'fastai_bs_finder/metric.py'),
                                          'fastai_bs_finder.metric._run': ('metric.html#_run', 'fastai_bs_finder/metric.py'),
                                          'fastai_bs_finder.metric._sample': ('metric.html#_sample', 'fastai_bs_finder/metric.py'),
                                          'fastai_bs_finder.metric._second_moment': ( 'metric.html#_second_moment',

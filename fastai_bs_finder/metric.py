@@ -8,6 +8,7 @@ __all__ = ['OptMetric', 'normalizes', 'OptMeter']
 # %% ../nbs/20_metric.ipynb #58206d33
 import math, random
 from collections import OrderedDict, defaultdict
+from contextlib import contextmanager
 from copy import deepcopy
 
 import numpy as np, torch
@@ -82,20 +83,20 @@ class OptMetric:
         def norm(t, m): return zero if t is None or m is None else _weighted_sq_norm(t, *m).to(device)
         return torch.stack([norm(t, m) for t,m in zip(tensors, self.moments)]).to(torch.float32 if device.type == 'mps' else torch.float64)
 
-# %% ../nbs/20_metric.ipynb #d7ebbdc3
+# %% ../nbs/20_metric.ipynb #7e26b81d
 _times,_steps,_most_steps = 8.,24,480  # size of the larger gradients; steps per run, and where it seldom moves
 
 def _is_opt(o): return all(hasattr(type(o), k) for k in ('step', 'zero_grad')) and not isinstance(o, nn.Module)
 
-def _twin(opt, memo):
-    "A copy of an optimizer without its state, and of those that it wraps, for the parameters that `memo` has in place of its own"
+def _twin(opt, memo, stateless):
+    "A copy of an optimizer, and of those that it wraps, for the parameters that `memo` has in place of its own"
     twin = memo[id(opt)] = object.__new__(type(opt))
     attrs = {k:v for k,v in vars(opt).items() if not (callable(v) and hasattr(type(opt), k))}  # a scheduler's `step` would step the real one
     for k,v in attrs.items():
-        if k == 'state': memo[id(v)] = defaultdict(dict)
+        if k == 'state' and stateless: memo[id(v)] = defaultdict(dict)
         if k.endswith('_hooks'): memo[id(v)] = OrderedDict()
         for o in v if isinstance(v, (list, tuple)) else v.values() if isinstance(v, dict) else [v]:
-            if _is_opt(o) and id(o) not in memo: _twin(o, memo)
+            if _is_opt(o) and id(o) not in memo: _twin(o, memo, stateless)
     vars(twin).update(deepcopy(attrs, memo))
     return twin
 
@@ -125,7 +126,7 @@ class _Probe:
         g = self.grads[i % len(self.grads)]*factor
         self.tensor.grad = g.to_sparse(1) if sparse and g.ndim else g
 
-# %% ../nbs/20_metric.ipynb #f2421988
+# %% ../nbs/20_metric.ipynb #61b126b9
 def _probes(opt, most, dtype, device):
     "Probes, and what stands for which parameter: one for those of a group that are alike; with `most=inf` one for each"
     generator,states,memo,found = torch.Generator().manual_seed(0),getattr(opt, 'opt', opt).state,{},{}
@@ -138,31 +139,40 @@ def _probes(opt, most, dtype, device):
             if p.requires_grad or not trained: found[key].stands_for += p.numel()
     return list(found.values()),memo
 
-def _run(opt, probes, memo, n, factor, sparse):
+@contextmanager
+def _random_state_kept(probes):
+    python,numpy = random.getstate(),np.random.get_state()
+    try:
+        with torch.random.fork_rng({p.start.device.index for p in probes if p.start.device.type == 'cuda'}): yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+
+def _run(opt, probes, memo, stateless, n, factor, sparse):
     "How the probes move in each of `n` steps of a copy of `opt`, the first third left out"
-    twin = _twin(opt, dict(memo))
-    twin.clear_state()
-    kept = {id(p.tensor) for p in probes}
+    copied,kept = dict(memo),{id(p.tensor) for p in probes}
+    twin = _twin(opt, copied, stateless)
+    if stateless: twin.clear_state()
+    for t in copied.values():
+        if isinstance(t, torch.Tensor) and t.ndim and id(t) not in kept: t.data.zero_()  # what it has learned of other gradients
     twin.param_lists = [list({id(p): p for p in ps if id(p) in kept}.values()) for ps in twin.param_lists]
     for k,v in dict(lr=.01, wd=0., weight_decay=0.).items():
         if k in twin.hypers[0]: twin.set_hyper(k, v)
-    moves,random_state = [],(random.getstate(), np.random.get_state())
-    with torch.random.fork_rng({p.start.device.index for p in probes if p.start.device.type == 'cuda'}):
+    moves = []
+    with _random_state_kept(probes):
         for i in range(n):
             for p in probes:
                 if p.stands_for: p.set(i, factor, sparse)
             twin.step()
             if 3*i >= n: moves.append([p.tensor.detach() - p.start for p in probes])
-    random.setstate(random_state[0])
-    np.random.set_state(random_state[1])
     return [torch.stack(o) for o in zip(*moves)]
 
 def _power(opt, most, dtype, device, sparse):
     "With which power of the gradient's size the step grows: the mean over the parameters"
     probes,memo = _probes(opt, most, dtype, device)
     def lengths(factor, n):
-        odd = [(a - b)/2 for a,b in zip(*(_run(opt, probes, memo, n, sign*factor, sparse) for sign in (1, -1)))]
-        return torch.tensor([float(o.norm()) for o in odd]),max(int((_as_real(o).flatten(1) != 0).any(1).sum()) for o in odd)
+        odd = [(a - b)/2 for a,b in zip(*(_run(opt, probes, memo, most < math.inf, n, sign*factor, sparse) for sign in (1, -1)))]
+        return torch.tensor([float(o.norm()) for o in odd]),max(int((o.reshape(len(o), -1) != 0).any(1).sum()) for o in odd)
     n = _steps
     small,n_moved = lengths(_times**-.5, n)
     if 3*n_moved < n:
