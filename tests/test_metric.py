@@ -6,13 +6,14 @@ import numpy as np, pytest, torch
 from accelerate import Accelerator
 from torch import nn
 from fastai.basics import Adam, Callback, CrossEntropyLossFlat, Lamb, Learner, OptimWrapper, Optimizer, QHAdam, RAdam, RMSProp, SGD, set_seed
+from fastai.callback.progress import ProgressCallback
 from fastai.optimizer import Larc, Lookahead, ranger
 
 from fastai_bs_finder.all import *
 from fastai_bs_finder.demo import digits_learner
 from fastai_bs_finder.metric import _weighted_sq_norm
 from fastai_bs_finder.noise import GradSums
-from footprint import changes, state
+from footprint import assert_no_footprint
 from learners import digits, loaders
 from reference import flat_grad
 
@@ -343,7 +344,7 @@ def complex_learner(opt_func=SGD, make=ComplexDigits, n=480):
     set_seed(1)
     model,(X,y) = make(),digits()
     X = X.to(next(model.parameters()).dtype.to_real())
-    return Learner(loaders(list(zip(X[:n], y[:n]))), model, loss_func=CrossEntropyLossFlat(), opt_func=opt_func)
+    return Learner(loaders(list(zip(X[:n], y[:n]))), model, loss_func=CrossEntropyLossFlat(), opt_func=opt_func).remove_cb(ProgressCallback)
 
 
 def as_real(t): return torch.view_as_real(t).flatten() if t.is_complex() else t.flatten()
@@ -364,7 +365,7 @@ def denominators(opt, p):
 def test_complex_gradients_one_by_one(opt_func, make):
     "Batches of a single example are the per-example gradients: noise and scale are then those of the data, exactly"
     learn = complex_learner(opt_func, make)
-    with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
+    learn.fit(1, 1e-3)
     params,(X,y) = list(learn.model.parameters()),learn.dls.train.one_batch()
     metric = OptMetric(learn.opt, params)
     sums,rows = GradSums((metric,)),[]
@@ -380,21 +381,21 @@ def test_complex_gradients_one_by_one(opt_func, make):
         assert found.scale[i].sum() == pytest.approx(float((R.mean(0)**2*weights).sum()) - noise/len(X), rel=1e-3, abs=1e-4*noise)
 
 
-@pytest.mark.parametrize('make', [ComplexDigits, ComplexConv], ids=['mixed', 'convolution'])
-@pytest.mark.parametrize('opt_func', [partial(SGD, mom=.9), partial(OptimWrapper, opt=torch.optim.Adam), partial(OptimWrapper, opt=torch.optim.RMSprop), Adam], ids=['SGD', 'torch.Adam', 'torch.RMSprop', 'Adam'])
-def test_everything_takes_complex_parameters(opt_func, make):
-    learn = complex_learner(opt_func, make)
-    with learn.no_bar(), learn.no_logging():
+@pytest.mark.parametrize('make,opt_func', [(ComplexDigits, partial(SGD, mom=.9)), (ComplexDigits, Adam), (ComplexConv, partial(OptimWrapper, opt=torch.optim.Adam)), (ComplexDigits, partial(OptimWrapper, opt=torch.optim.RMSprop))],
+                         ids=['SGD', 'Adam', 'torch.Adam, convolution', 'torch.RMSprop'])
+def test_everything_takes_complex_parameters(make, opt_func):
+    def make_learner():
+        learn = complex_learner(opt_func, make)
         learn.fit(1, 1e-3)
-        before = state(learn)
+        return learn
+    def find(learn):
         learn.bs_find(1e-3, 60, 5, show_plot=False, profile=False)
-        for name in vars(learn.recorder).keys() & {'bs_stats', 'bs_table', 'bs_result', 'bs_layers'}: delattr(learn.recorder, name)
-        assert not changes(before, state(learn))
         learn.max_bs()
         learn.bs_sweep([16, 32], budget=dict(steps=3), lrs=[1e-3], show_plot=False)
-        learn.fit(1, 1e-3, cbs=NoiseScale(share=None, n_batch=3))
-        assert np.isfinite(learn.recorder.noise_scale[['noise', 'opt_noise']]).all(axis=None)
-        learn.fit(1, 1e-3, cbs=GrowBatch(NoiseScale(share=None, n_batch=3)))
+    assert_no_footprint(make_learner, find, lambda learn: learn.fit(1, 1e-3))
+    learn = make_learner()
+    for cb in (NoiseScale(share=None, n_batch=3), GrowBatch(NoiseScale(share=None, n_batch=3))): learn.fit(2, 1e-3, cbs=cb)
+    assert np.isfinite(learn.recorder.noise_scale[['noise', 'opt_noise']]).all(axis=None)
 
 
 def test_accumulated_complex_gradients_are_those_of_the_whole_batch():
@@ -402,9 +403,8 @@ def test_accumulated_complex_gradients_are_those_of_the_whole_batch():
     for bs,fits in ((16, 16), (64, 64), (64, 16)):
         learn = complex_learner(n=448)
         learn.dls.train.shuffle = False
-        with learn.no_bar(), learn.no_logging():
-            learn.set_bs(bs, fits=fits)
-            learn.fit(1, .05)
+        learn.set_bs(bs, fits=fits)
+        learn.fit(1, .05)
         after.append([p.detach().clone() for p in learn.model.parameters()])
     for small,whole,pieces in zip(*after):
         torch.testing.assert_close(pieces, whole, rtol=1e-4, atol=1e-6)
