@@ -124,11 +124,11 @@ def main():
     worse = df[df['its steps'] < df['our steps']]
     off = df['our lr']/df['best lr at 128']
     write_page('optimizers', 'Which optimizers normalize the gradient', f"""Made by `benchmarks/optimizers.py`: the experiment of `normalizes` on each optimizer of fastai and of PyTorch that `fit` can use; and for six of them, a 64-64-10 network for scikit-learn's digits, steps until the loss on all 1,500 training examples is at {target},
-geometric means over {args.seeds} seeds, with the best of {points} learning rates by factors of √2, at {bs0} and at {bs1} examples per step. "Our lr" is the best at {bs0}, scaled to {bs1} by the noise scale that `bs_find` measures there and the rule of the experiment.""",
-        [f"{(table.normalizes == 'yes').sum()} of {len(table)} optimizers normalize the gradient, and get the square-root rule: those that do not are {', '.join(table.optimizer[table.normalizes == 'no'])}.",
+geometric means over {args.seeds} seeds, with the best of {points} learning rates by factors of √2, at {bs0} and at {bs1} examples per step. "Our lr" is the best at {bs0}, scaled to {bs1} by the noise scale that `bs_find` measures there and the rule of the experiment; inf where a seed did not reach the target in ten epochs.""",
+        [f"{(table.normalizes == 'yes').sum()} of {len(table)} optimizers normalize the gradient, and get the square-root rule: those that do not are {'; '.join(table.optimizer[table.normalizes == 'no'])}.",
          f"At {bs1} examples per step, the scaled learning rate takes {factors(ours)} of the steps of the best that was tried there; the other rule's takes {factors(theirs)}."],
         [f"The scaled learning rate is {factors(off)} of the best at {bs1}.",
-         f"The other rule's learning rate takes fewer steps with {', '.join(worse.optimizer)}." if len(worse) else ''],
+         f"The other rule's learning rate takes fewer steps with {'; '.join(worse.optimizer)}." if len(worse) else ''],
         f"""{df.to_markdown(index=False, floatfmt='.3g')}
 
 ## What the experiment says

@@ -172,6 +172,12 @@ class OwnSGD(InPlace):
         for p,lr in self.each(): p -= lr*p.grad
 
 
+class Decays(InPlace):
+    "Its weight decay has no name"
+    def move(self):
+        for p,lr in self.each(): p -= lr*(p.grad + 100*p)
+
+
 class OwnBuffers(InPlace):
     "Its momentum is made at once, outside of its state"
     def __init__(self, params, lr):
@@ -241,13 +247,13 @@ def test_every_optimizer(name):
     assert normalizes((of_fastai_ | of_torch)[name](params(*shapes), lr=.01)) == (name not in linear)
 
 
-@pytest.mark.parametrize('cls,wanted', [(SignSGD, True), (NormalizedSGD, True), (OwnSGD, False), (OwnBuffers, True), (StateAtOnce, True), (EveryNth, True), (partial(EveryNth, n=50), True),
+@pytest.mark.parametrize('cls,wanted', [(SignSGD, True), (NormalizedSGD, True), (OwnSGD, False), (Decays, False), (OwnBuffers, True), (StateAtOnce, True), (EveryNth, True), (partial(EveryNth, n=50), True),
     (RandomSGD, False), (partial(Chained, opts=(torch.optim.Adamax, torch.optim.Rprop)), True), (partial(Chained, opts=(torch.optim.SGD, torch.optim.Adam)), False)])
 def test_optimizers_of_users(cls, wanted):
     opt = OptimWrapper(params((6, 9), (9,)), cls, lr=.01)
     assert normalizes(opt) == normalizes(opt.opt) == wanted
     for _ in range(30):
-        for p,*_ in opt.all_params(): p.grad = .01*torch.randn_like(p)
+        for p,*_ in opt.all_params(): p.grad = 100*torch.randn_like(p)
         opt.step()
     assert normalizes(opt) == wanted
 
@@ -261,7 +267,7 @@ def test_settings_of_adam(kwargs, wanted):
 
 
 @pytest.mark.parametrize('opt_func', [fastai_sign, lambda ps, lr: OptimWrapper(opt=Accelerator(cpu=True).prepare(torch.optim.Adamax(ps, lr=lr))), lambda ps, lr: OptimWrapper([ps[:1], ps[1:]], torch.optim.Adamax, lr=lr),
-    lambda ps, lr: Adam([ps[:1], ps[1:]], lr=lr), partial(OptimWrapper, opt=torch.optim.Adam, fused=True), partial(OptimWrapper, opt=torch.optim.Rprop, foreach=True), lambda ps, lr: Adam(ps, lr=0.)])
+    lambda ps, lr: Adam([ps[:1], ps[1:]], lr=lr), partial(OptimWrapper, opt=torch.optim.Adam, fused=True), partial(OptimWrapper, opt=torch.optim.Rprop, foreach=True), lambda ps, lr: Adam(ps, lr=0.), partial(Adam, wd=1e4, decouple_wd=False)])
 def test_ways_to_make_one(opt_func): assert normalizes(opt_func(params((6, 9), (9,), (), (0,)), lr=.01))
 
 
@@ -306,15 +312,16 @@ def test_names_decide_where_no_experiment_can_be_made():
     assert normalizes(opt)
 
 
-def test_the_learning_rate_follows_the_experiment_everywhere():
-    learn = digits_learner(opt_func=partial(OptimWrapper, opt=torch.optim.Adamax))
+@pytest.mark.parametrize('opt,lr', [(torch.optim.Adamax, .064), (SignSGD, .004)])
+def test_the_learning_rate_follows_the_experiment_everywhere(opt, lr):
+    learn = digits_learner(opt_func=partial(OptimWrapper, opt=opt))
     with learn.no_bar(), learn.no_logging():
-        learn.bs_find(.064, 400, show_plot=False, profile=False)
+        learn.bs_find(lr, 400, show_plot=False, profile=False)
         result = learn.recorder.bs_result
-        assert result.run.opt == 'adam' and .064 < result.at_bs(128)['lr'] < .182
-        learn.bs_sweep([16], budget=dict(steps=3), lrs=[.064], show_plot=False)
+        assert result.run.opt == 'adam' and lr < result.at_bs(128)['lr'] < 8**.5*lr
+        learn.bs_sweep([16], budget=dict(steps=3), lrs=[lr], show_plot=False)
         assert learn.recorder.bs_sweep_result.opt == 'adam'
-        learn.fit(1, .064, cbs=GrowBatch(NoiseScale(share=None)))
+        learn.fit(1, lr, cbs=GrowBatch(NoiseScale(share=None)))
         assert learn.recorder.noise_scale_result.opt == 'adam'
 
 
