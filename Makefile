@@ -69,7 +69,7 @@ docs: install
 	$(BIN)/python docs/build.py
 
 bench: $(VENV)/.bench
-	for name in accuracy scaling overhead finders growing distributed prediction results; do $(BIN)/python -W ignore benchmarks/$$name.py || exit 1; done
+	for name in accuracy scaling overhead finders growing distributed optimizers prediction results; do $(BIN)/python -W ignore benchmarks/$$name.py || exit 1; done
 
 training: $(VENV)/.bench
 	rm -f benchmarks/training.csv

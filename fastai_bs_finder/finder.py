@@ -23,7 +23,7 @@ from .checks import check_learner, check_lr, check_opt, check_profile, check_who
 from .loaders import Passes, batch_size, check_epoch, check_length, len_or_none, loss_inputs, n_examples, n_train_examples
 from .losses import BatchLoss
 from .memory import estimate_memory, warm_up
-from .metric import OptMeter
+from .metric import OptMeter, normalizes
 from .mock import MockCallback, StepClock, in_step, loss_scale, mock_training, pass_parts, set_gradients
 from .noise import GradSums, NoiseAverage
 from .processes import by_itself, processes_of, together
@@ -229,7 +229,7 @@ def result(self:BSFinder) -> BSResult: # Without what is known of time and memor
     names = [*('batch', 'step', 'samples', 'loss'), *NoiseAverage().columns(), *NoiseAverage().columns('opt_')]
     uneven = float(np.std(self._weights)/np.mean(self._weights)) if any(self._weights) else 0.
     facts = dict(bs=self.bs, spent=self.spent, stopped='ended' if self.spent < self.num_it else '', first_loss=float(self.first_loss),
-                 opt='adam' if self.meter and self.meter.metric.adaptive else 'sgd', loss=self.batch_loss.kind, uneven=uneven)
+                 opt='adam' if self.meter and normalizes(self.meter.metric.opt) else 'sgd', loss=self.batch_loss.kind, uneven=uneven)
     return BSResult(pd.DataFrame(self.rows, columns=None if self.rows else names), Run(**facts | self.run_facts))
 
 # %% ../nbs/50_finder.ipynb #7dc29468

@@ -35,10 +35,12 @@ def noise_and_scale(
     return Noise(noise, (C - noise)/N)
 
 # %% ../nbs/10_noise.ipynb #168d76a5
-def _values(g): return g.coalesce().values() if g.is_sparse else g
+def _values(g):
+    g = g.coalesce().values() if g.is_sparse else g
+    return torch.view_as_real(g.resolve_conj()) if g.is_complex() else g
 
 def sq_norms(
-    tensors:list, # Tensors of any shapes, dtypes and devices, dense or sparse; `None` counts as zero
+    tensors:list, # Tensors of any shapes, dtypes (complex too) and devices, dense or sparse; `None` counts as zero
 ) -> torch.Tensor: # |t|² of each, on the first tensor's device
     "Squared norm of each of `tensors`, accumulated in float32 at least"
     there = {i:_values(t) for i,t in enumerate(tensors) if t is not None}

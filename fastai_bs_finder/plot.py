@@ -52,7 +52,8 @@ def plot_noise(
     shown = shown[np.isfinite(shown) & (shown >= 1)]
     bottom,top = shown.min()/2,shown.max()*2
 
-    ax.plot(stats.batch, line, '.-' if len(stats) < 3 else '-', c='C0', label='noise scale' + (', as the optimizer sees it' if result.opt == 'adam' else ''))
+    in_metric = not np.allclose(x.noise_scale, stats.noise_scale, equal_nan=True)
+    ax.plot(stats.batch, line, '.-' if len(stats) < 3 else '-', c='C0', label='noise scale' + ', as the optimizer sees it'*in_metric)
     ax.fill_between(stats.batch, x.lo.clip(bottom, top), x.hi.clip(bottom, top), where=x.hi.notna(), alpha=.2, lw=0, label='95% interval')
     ax.plot(stats.batch, raw, 'o', c='C0', ms=4, mew=0, alpha=.35, label='single measurements')
     off = stats.batch[x.raw_noise.notna() & ~(raw <= top)]

@@ -49,13 +49,13 @@ def scale_lr(
     bs:float, # Batch size it works at
     new_bs:float, # The new batch size
     noise_scale:float|None=None, # In examples; `None`: far above both sizes, the linear rule for SGD and the square-root rule for Adam
-    opt:str='adam', # 'sgd', or 'adam' for every optimizer that divides by the root of a second moment
+    opt:str='adam', # 'sgd', or 'adam' for every optimizer that normalizes the gradient: the length of its step does not depend on the gradient's
     loss:str='mean', # 'sum' where the loss is summed over the batch: SGD's steps grow with the batch by themselves
 ) -> float|slice|list: # The learning rate for `new_bs`, of the same kind as `lr`
     "Scale a learning rate to another batch size (McCandlish et al. 2018, section 2.2). Raises `ValueError` on bad input"
     if opt not in exponents:
-        raise ValueError(f"opt={opt!r} is not one of {', '.join(map(repr, exponents))}: 'adam' stands for all that divide by the root of "
-                         "a second moment")
+        raise ValueError(f"opt={opt!r} is not one of {', '.join(map(repr, exponents))}: 'adam' stands for all that normalize the gradient, "
+                         "'sgd' for the others")
     for name,x in dict(bs=bs, new_bs=new_bs, noise_scale=noise_scale).items():
         if x is None: continue
         if not isinstance(x, Real) or not (x > 0 or x == 0 and name == 'noise_scale'):

@@ -231,7 +231,7 @@ class NoiseScaleResult(Result):
     beta:float = .9 # EMA factor over measurements
     every:int = 1 # Number of training batches from one measurement to the next, at least
     share:float|None = None # Part of the training time that measurements may take; `None`: as much as it takes
-    opt:str = 'sgd' # 'adam' where the optimizer divides by a second moment
+    opt:str = 'sgd' # 'adam' where the optimizer normalizes the gradient
     seconds:float = 0. # Time spent measuring
     train_seconds:float = 0. # Time spent training, measurements left out
     out_of_memory:bool = False # Did a measurement run out of memory?

@@ -24,7 +24,7 @@ from fastai.torch_core import set_seed, to_cpu
 from .accumulate import AccumulateGrads, examples_per_step, micro_bs
 from .checks import check_learner, check_lr, check_opt, check_whole
 from .loaders import Passes, batch_size, check_empty, check_settable, len_or_none, n_examples, n_train_examples, rebatch, second_loader
-from .metric import OptMetric
+from .metric import normalizes
 from .mock import mock_training, out_of_memory, run_steps, synchronize
 from .predict import fit_steps, scale_lr, sizes_between
 from .processes import is_distributed
@@ -194,7 +194,7 @@ class _Sweep:
         with mock_training(self.learn):
             for lr in self.lrs or [self.lr]: check_opt(self.learn.opt, lr)
             run_steps(self.learn, None, lambda seconds: True)
-            self.opt = 'adam' if OptMetric(self.learn.opt, list(self.learn.model.parameters())).adaptive else 'sgd'
+            self.opt = 'adam' if normalizes(self.learn.opt) else 'sgd'
         self.watch.batches = _fixed_batches(self.learn, n_eval)
 
     def is_done(self, row, bs, lr, most):

@@ -26,7 +26,7 @@ from .accumulate import AccumulateGrads, AsideCallback
 from .checks import check_whole
 from .interrupt import CtrlC
 from .loaders import batch_size, len_or_none, n_examples, second_loader
-from .metric import OptMeter
+from .metric import OptMeter, normalizes
 from .mock import loss_scale, out_of_memory, synchronize
 from .noise import noise_and_scale, sq_norms, Noise, NoiseAverage
 from .processes import processes_of
@@ -461,7 +461,7 @@ class NoiseScale(AsideCallback):
         if not self.meter.end(parts): return False
         window = accumulation(self.learn)
         bs = max(batch_size(self.dls.train) or n_examples(self.learn), window.n_acc if window else 0)*self.processes.size
-        self.adaptive = self.meter.metric.adaptive
+        if len(self.meter.in_opt.measured) == 1: self.adaptive = normalizes(self.opt)  # the first, and the first that knows second moments
         self.rows.append(dict(batch=self.train_iter, epoch=self.epoch, step=self._n_steps, samples=self._n_samples, loss=float(loss), bs=bs,
                               lr=float(self.opt.hypers[-1]['lr'])) | self.meter.columns())
         return True

@@ -120,6 +120,25 @@ def test_low_precision_is_summed_in_float32(dtype):
     torch.testing.assert_close(mean, torch.full((4,), .01, dtype=dtype).float(), rtol=1e-5, atol=0)
 
 
+def test_complex_numbers_are_two_real_ones():
+    torch.manual_seed(0)
+    a,b = (GradSums() for _ in range(2))
+    batches = [[torch.randn(5, 3, dtype=torch.complex64), torch.randn(4), torch.randn(2, dtype=torch.complex128), torch.randn(6, dtype=torch.complex64).conj()] for _ in range(6)]
+    for i,grads in enumerate(batches):
+        a.add(grads, 3 + i, loss_scale=2.)
+        b.add([torch.view_as_real(g.resolve_conj()) if g.is_complex() else g for g in grads], 3 + i, loss_scale=2.)
+    np.testing.assert_allclose(a.noise_and_scale(), b.noise_and_scale(), rtol=1e-5)
+    for m,r in zip(a.pop_mean(), b.pop_mean()): torch.testing.assert_close(torch.view_as_real(m) if m.is_complex() else m, r)
+
+
+@pytest.mark.filterwarnings('ignore:ComplexHalf')
+@pytest.mark.parametrize('dtype', [torch.complex32, torch.complex64, torch.complex128])
+def test_complex_norms(dtype):
+    z = torch.tensor([3 + 4j, 1j]).to(dtype)
+    assert sq_norm([z, torch.ones(3), z.to_sparse() if dtype != torch.complex32 else z]).item() == pytest.approx(26 + 3 + 26)
+    assert not GradSums().add([torch.tensor([1., complex(0, math.nan)])], 2, skip_nonfinite=True)
+
+
 def test_loss_scale_falls_out_even_when_it_changes():
     model,batches = model_and_batches([8]*4)
     a,b = GradSums(),GradSums()

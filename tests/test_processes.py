@@ -1,5 +1,6 @@
 "Several processes: the same figures as one, nobody waits for ever, and nothing is left behind"
 import json, os, random, re, signal, socket, subprocess, sys, textwrap, time
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -8,7 +9,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from filelock import FileLock
 from sklearn.datasets import load_digits
-from fastai.basics import Callback, CancelBatchException, CancelEpochException, CancelFitException, CancelStepException, CancelTrainException, CrossEntropyLossFlat, DataLoader, DataLoaders, Learner, SGD, Adam, accuracy
+from fastai.basics import Callback, CancelBatchException, CancelEpochException, CancelFitException, CancelStepException, CancelTrainException, CrossEntropyLossFlat, DataLoader, DataLoaders, Learner, OptimWrapper, SGD, Adam, accuracy
 from fastai.callback.all import CSVLogger, GradientAccumulation, GradientClip, ProgressCallback
 from fastai_bs_finder.all import *
 from fastai_bs_finder.mock import mock_training
@@ -31,9 +32,9 @@ def on_the_cpu(monkeypatch): monkeypatch.setattr(torch.cuda, 'is_available', lam
 def loader(order, bs=8, **kwargs): return DataLoader([(x[i], y[i]) for i in order], bs=bs, num_workers=0, device=torch.device('cpu'), **kwargs)
 
 
-def digits(order=range(n), bs=8, shuffle=False, dropout=0., **kwargs):
+def digits(order=range(n), bs=8, shuffle=False, dropout=0., make=None, **kwargs):
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Dropout(dropout), nn.Linear(32, 10))
+    model = make() if make else nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Dropout(dropout), nn.Linear(32, 10))
     dls = DataLoaders(loader(order, bs, shuffle=shuffle), loader(range(n, 1797), 64), device=torch.device('cpu'))
     learn = Learner(dls, model, loss_func=CrossEntropyLossFlat(), metrics=accuracy, **{'opt_func': SGD, 'lr': .05} | kwargs)
     return learn.remove_cb(ProgressCallback)
@@ -93,6 +94,21 @@ def test_figures_of_a_single_process(W, tmp_path):
         for c in one['stats']:
             exact = double and c != 'loss'  # which is kept in single precision
             if c not in ('batch', 'step') and (double or opt is SGD or not c.startswith('opt_')): np.testing.assert_allclose(found['stats'][c], one['stats'][c], rtol=1e-9 if exact else 1e-4, err_msg=c)
+
+
+class Complex(nn.Linear):
+    def __init__(self): super().__init__(64, 10, dtype=torch.complex64)
+    def forward(self, x): return super().forward(x.to(torch.complex64)).abs()
+
+def test_complex_gradients_of_several_processes(tmp_path):
+    opt = partial(OptimWrapper, opt=torch.optim.RMSprop)
+    def run(rank):
+        learn = digits(make=Complex, opt_func=opt)
+        with learn.distrib_ctx(sync_bn=False): return find(learn, rank, num_it=40, n_batch=4, n_train=0, lr=1e-3)[0]
+    found = run_processes(tmp_path, 2, run)[0]
+    learn = digits(same_order(2, 4), make=Complex, opt_func=opt)
+    one,*_ = find(learn, 0, num_it=80, n_batch=8, n_train=0, lr=1e-3)
+    for c in ('loss', 'noise', 'scale', 'opt_noise', 'opt_scale'): np.testing.assert_allclose(found['stats'][c], one['stats'][c], rtol=1e-3, err_msg=c)
 
 
 def test_one_batch_of_each_process_is_a_measurement(tmp_path):
