@@ -227,6 +227,7 @@ class NoiseScaleResult(Result):
     seconds:float = 0. # Time spent measuring
     train_seconds:float = 0. # Time spent training, measurements left out
     out_of_memory:bool = False # Did a measurement run out of memory?
+    error:str = '' # What it said where a measurement failed otherwise, after which there are none
 
     @cached_property
     def in_use(self) -> pd.DataFrame:

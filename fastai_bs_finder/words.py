@@ -266,10 +266,12 @@ def noise_scale_summary(
     "How often the noise scale was measured, and what it is at the end"
     if not len(result):
         why = f"train longer, or lower every={result.every}" if result.every > 1 else "no two batches of it had finite gradients"
-        return f"The noise scale was not measured: {'there is not enough memory for it beside the training' if result.out_of_memory else why}."
+        if result.out_of_memory: why = "there is not enough memory for it beside the training"
+        return f"The noise scale was not measured: {result.error or why}."
     x,share = result.in_use,result.seconds/max(result.train_seconds, 1e-9)
     where,last = f"{len(x)} measurement{'s' if len(x) > 1 else ''} of the noise scale, {share:.1%} of the training time",x.iloc[-1]
     if result.out_of_memory: where += ", until there was not enough memory for more"
+    if result.error: where += f", until one failed ({result.error})"
     known = (x.noise_scale > 0).any() and (last.noise_scale > 0 or last.hi == math.inf) and not (last.hi == math.inf and last.lo < 1)
     if not known: return f"{where}: the gradient drowns in its noise. Take more batches per measurement, n_batch={4*result.n_batch} for example."
     at_end = f"at least {as_number(last.lo)}" if last.hi == math.inf else as_number(last.noise_scale)
