@@ -249,7 +249,7 @@ def _climb(learn, probe, margin, most):
     "The largest batch size that a real step shows to fit"
     for _ in range(_tries):
         best = max(probe.points)
-        bs = min(probe.memory.max_bs(margin), most, _growth*best)
+        bs = min(probe.memory._replace(most=math.inf).max_bs(margin), most, _growth*best)
         if probe.bound < math.inf: bs = min(bs, (best + probe.bound)//2)
         if bs < 1.05*best: return min(bs, best)
         size,_ = probe.measure(learn, bs)

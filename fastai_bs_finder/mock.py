@@ -24,7 +24,7 @@ from fastai.torch_core import to_detach
 from .loaders import Passes, draw_few, len_or_none, n_examples, rebatch
 from .noise import GradSums
 from .processes import Processes, before_broadcast, is_distributed, processes_of, trainers
-from .snapshot import no_footprint
+from .snapshot import Snapshot, no_footprint
 
 # %% ../nbs/30_mock.ipynb #97db4851
 _aside = (progress.ProgressCallback, progress.CSVLogger, GradientAccumulation)
@@ -149,11 +149,14 @@ def run_steps(
     "Train at learning rate 0 with batches of `bs`: as much work as any step, and the weights stay"
     if bs is not None and (dl := rebatch(learn.dls.train, bs)) is not learn.dls.train: learn.dls.loaders[0] = dl
     draw_few(learn.dls.train)
-    cb = in_step(TimedSteps, learn)(enough)
-    learn.fit(10**9, 0., cbs=cb)
+    cb,snapshot = in_step(TimedSteps, learn)(enough),Snapshot(learn, [learn.dls, *learn.dls.loaders, learn.model, learn.opt])
+    try: learn.fit(10**9, 0., cbs=cb)
+    except Exception:
+        snapshot.restore()  # a callback that was broken off, MixUp for example, would fail at the next size
+        raise
     return cb
 
-# %% ../nbs/30_mock.ipynb #3d0e186f
+# %% ../nbs/30_mock.ipynb #de534c0c
 _too_large = re.compile(r"""
     \bout\ of\ (?:shared\ |host\ |device\ )?memory\b (?!\ (?!while|when|trying|on|at|during|error|allocating)\w)
   | (?:can't|cannot|could\ not|unable\ to|failed\ to)\ allocate\ (?:memory\b|[\d.,]+\ ?(?:bytes|[kKMGT]i?B))
@@ -167,6 +170,7 @@ _too_large = re.compile(r"""
   | Storage\ size\ calculation\ overflowed | NDArray\ >\ 2\*\*32 | less\ than\ 2147483647 | input\ tensor\ is\ too\ large
   | invalid\ configuration\ argument | too\ many\ resources\ requested
 """, re.X | re.M | re.I)
+_where = re.compile('  |Exception occured in|Caught .* in .* process|Original Traceback')  # what fastai and worker processes put before it
 _too_large_array = re.compile('array is too big|Maximum allowed dimension exceeded')  # NumPy: a `ValueError`
 
 def _errors_in(error):
@@ -198,9 +202,9 @@ def out_of_memory(
 
 def in_a_line(
     error:Exception, # What a training step raised
-) -> str: # Its last line; 100 characters at most
+) -> str: # Its first line that is not about where it happened; 150 characters at most
     "What an error says, for a sentence"
-    return next(iter(l.strip() for l in str(error).splitlines()[::-1] if l.strip()), type(error).__name__)[:100]
+    return next((l.strip().rstrip('.') for l in str(error).splitlines() if l.strip() and not _where.match(l)), type(error).__name__)[:150]
 
 # %% ../nbs/30_mock.ipynb #f4dd59a0
 class LockStep:

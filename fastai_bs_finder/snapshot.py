@@ -266,7 +266,8 @@ def _undo_script(self:Snapshot, o):
 @patch
 def set_aside(self:Snapshot):
     "Take away the gradients, and the workers of loaders that keep theirs, so that training makes new ones; `restore` puts the old ones back"
-    for t,*_ in self._tensors: _set(t, 'grad', None)
+    with _plainly():
+        for t,*_ in self._tensors: _set(t, 'grad', None)
     for dl,_ in self._loaders: dl._iterator = None
 
 @patch

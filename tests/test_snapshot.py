@@ -107,7 +107,7 @@ def series():
 def test_a_library_with_a_tensor_class_of_its_own(call):
     learn = series()
     was = state(learn)
-    with learn.no_bar(), learn.no_logging(): call(learn)
+    call(learn)
     forget(learn)
     assert changes(was, state(learn)) == []
 
