@@ -148,13 +148,14 @@ def after_train(self:AccumulateGrads):
 def micro_bs(
     bs:int, # Number of examples per step
     fits:int|None=None, # Number of examples that fit in memory; `None`: all of them
+    least:int=1, # The smallest batch size that works
 ) -> int: # Size of the batches whose gradients are accumulated; `bs` itself where it fits
     "The largest batch size that fits and divides `bs` best"
     check_whole('bs', bs, 1)
     if fits is None: return bs
     check_whole('fits', fits, 1)
     if bs <= fits: return bs
-    return min(range(fits//2 + 1, fits + 1), key=lambda m: (-bs % m, -m))
+    return min(range(min(max(fits//2 + 1, least), fits), fits + 1), key=lambda m: (-bs % m, -m))
 
 def examples_per_step(
     learn, # A `Learner` whose loader has a batch size

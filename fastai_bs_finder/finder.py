@@ -28,7 +28,7 @@ from .mock import MockCallback, StepClock, in_step, loss_scale, mock_training, p
 from .noise import GradSums, NoiseAverage
 from .processes import by_itself, processes_of, together
 from .profile import profile_steps
-from .result import BSResult, Run, keep_result, layer_table
+from .result import BSResult, Run, keep_result, keep_sizes, layer_table
 from .suggest import critical, fastest, quickest
 from .words import bs_summary, noise_scale_so_far, say
 import fastai_bs_finder.plot
@@ -235,14 +235,18 @@ def result(self:BSFinder) -> BSResult: # Without what is known of time and memor
 # %% ../nbs/50_finder.ipynb #7dc29468
 least_profile = .5  # seconds
 
-def _max_bs(learn, bs, seconds, processes):
-    "The largest batch size that fits in memory, and why it is not known"
+def _sizes_that_work(learn, bs, seconds, processes):
+    "What fits in memory, or why it is not known, and which sizes fail for another reason: fields of a `Profile`"
     try:
         with by_itself(learn): memory = estimate_memory(learn, processes.each(bs), seconds)
         trouble = ''
     except Exception as e: memory,trouble = None,f'{type(e).__name__}: {e}'.strip().removesuffix(':').splitlines()[0][:100]
     fits = processes.agree(memory.max_bs() if memory else math.nan, np.min)
-    return (None if math.isnan(fits) else int(fits)*processes.size),trouble
+    res = dict(max_bs=None if math.isnan(fits) else int(fits)*processes.size, no_memory=trouble)
+    least,most = processes.agree(memory.least if memory else 1, max),processes.agree(memory.most if memory else math.inf)
+    if least > 1: res |= dict(min_bs=int(least)*processes.size)
+    if memory and memory.unfit: res |= dict(failed=memory.unfit_bs*processes.size, error=memory.unfit, unfit=memory.unfit)
+    return res | dict(capped=most < math.inf)
 
 def profile_learner(
     learn:Learner, # A learner in a `mock_training` block
@@ -254,16 +258,18 @@ def profile_learner(
     warm_up()
     end,processes,bs = time.perf_counter() + budget,processes_of(learn),result.run.bs
     seconds = processes.agree(median(step_seconds) if len(step_seconds) > 2 else math.nan, np.max)
-    max_bs,no_memory = _max_bs(learn, bs, budget/3, processes)
-    result = result.changed(step_time={} if math.isnan(seconds) else {bs: float(seconds)}, max_bs=max_bs, no_memory=no_memory)
+    sizes = _sizes_that_work(learn, bs, budget/3, processes)
+    result = result.changed(step_time={} if math.isnan(seconds) else {bs: float(seconds)}, **sizes)
 
     def timed(result, sizes, seconds):
         known = result.profile
-        sizes = [b for b in sizes if b not in known.step_time and b <= (result.largest or math.inf)]
+        most = min(result.run.n or math.inf, known.failed - 1 if known.capped else known.max_bs or math.inf)
+        sizes = [b for b in sizes if b not in known.step_time and b <= most]
         return result.changed(profile=profile_steps(learn, sizes, seconds, known))
     result = timed(result, [bs, 4*bs], .7*(end - time.perf_counter()))
-    if not result.profile.trouble and len(result.profile.step_time) < 2: result = timed(result, [2*bs], end - time.perf_counter())
-    if len(result.profile.step_time) < 2: return result.changed(trouble=result.profile.trouble or 'short')
+    if len(result.profile.step_time) < 2 and result.profile.trouble in ('', 'failed'): result = timed(result, [2*bs], end - time.perf_counter())
+    if result.profile.capped and not result.profile.min_bs and bs > 1: result = timed(result, [max(bs//2, 1)], math.inf)
+    if len(result.profile.step_time) < 2: return result.changed(trouble=result.profile.trouble or ('failed' if result.profile.capped else 'short'))
     result = result.changed(trouble='')
     for _ in range(4):
         best = quickest(result, 4)
@@ -331,7 +337,8 @@ def bs_find(self:Learner,
         if cb.error: raise cb.error
         _keep(self, result)  # before it is complete: a suggestion function may fail
         self.recorder.bs_layers = layer_table(self.model, cb.meter.params, np.reshape(cb.parts, (-1, 2, len(cb.meter.params))), beta)
-        if result.profile.max_bs: self.recorder.bs_fits = processes.each(result.profile.max_bs)
+        found = result.profile
+        if found.max_bs: keep_sizes(self.recorder, processes.each(found.max_bs), processes.each(found.min_bs or 1), found.unfit)
         suggested = {name: f(result) for name,f in zip(names, funcs)}
         processes.barrier()
         result = result.changed(suggested=processes.first(suggested))

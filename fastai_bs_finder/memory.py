@@ -20,8 +20,10 @@ from fastai.learner import Learner
 from fastai.torch_core import default_device
 from .checks import check_model
 from .loaders import batch_size, check_empty, n_train_examples
-from .mock import mock_training, out_of_memory, run_steps
+from .mock import in_a_line, mock_training, out_of_memory, run_steps
 from .processes import by_itself, n_connected, n_local_processes, together
+from .result import keep_sizes
+from .words import say, sizes_summary
 
 # %% ../nbs/41_memory.ipynb #d33f321f
 def _readable(
@@ -37,6 +39,10 @@ class Memory(NamedTuple):
     per_example:float # Bytes that each example adds
     available:float # Bytes that a step may take
     failed:float = math.inf # The smallest batch size that ran out of memory
+    least:int = 1 # The smallest batch size that works, where a smaller one failed for another reason
+    most:float = math.inf # The largest batch size that works, where a larger one failed for another reason
+    unfit:str = '' # What it said
+    unfit_bs:int|None = None # And its size
 
     def bytes(self,
         bs:int, # Batch size
@@ -48,7 +54,7 @@ class Memory(NamedTuple):
         margin:float=.9, # Part of the available memory to use, in (0, 1]
     ) -> int: # Batch size; 0 where not even one example fits
         "The largest batch size that fits"
-        return int(max(min((margin*self.available - self.fixed)//self.per_example, self.failed - 1), 0))
+        return int(max(min((margin*self.available - self.fixed)//self.per_example, self.failed - 1, self.most), 0))
 
     def fits(self,
         bs:int, # Batch size
@@ -63,21 +69,24 @@ class Memory(NamedTuple):
 class _StepBytes(Callback):
     "Measures the memory of training steps: `points` is bytes by batch size; `held` are bytes that a real training takes besides"
     order,run_valid = -50,False
-    def __init__(self): self.points,self.failed,self.held = {},math.inf,0
+    def __init__(self): self.points,self.failed,self.held,self.in_use,self.unfit = {},math.inf,0,None,{}
     def before_train(self): self.reset()
     def after_backward(self): self.high = max(self.high, self.peak())
     def after_batch(self): self.reset()
 
     def measure(self, learn, bs):
-        "The batch size that the loader really gives, and bytes: infinitely many where they are more than there are"
+        "The batch size that the loader really gives, and bytes: infinitely many where they are more than there are, NaN where another than `in_use` fails"
         self.high = 0
         try:
             with learn.added_cbs(self), self.counting: steps = run_steps(learn, bs, lambda seconds: len(seconds) >= 2)
         except Exception as e:
-            if not out_of_memory(e): raise
-            steps = None
+            steps,too_large = None,out_of_memory(e)
+            if not too_large:
+                if bs == (self.in_use or bs): raise
+                self.unfit[bs] = in_a_line(e)
         if steps is None:  # out of the `except`, which keeps the failed step alive
             learn._end_cleanup()
+            if not too_large: return bs,math.nan
             gc.collect()
             self.empty_cache()
             self.failed = min(self.failed, bs)
@@ -87,12 +96,21 @@ class _StepBytes(Callback):
         return size,self.high
 
     @property
+    def bound(self):
+        "The smallest batch size above those that work, that fails for whatever reason"
+        return min((self.failed, *(b for b in self.unfit if b > max(self.points))))
+
+    @property
     def memory(self):
         "The line through the two largest points; through one or in disorder, the steepest that can be"
         *rest,(bs,most) = sorted(self.points.items())
         per_example = (most - rest[-1][1])/(bs - rest[-1][0]) if rest else 0
         if per_example <= 0: per_example = most/bs
-        return Memory(most - per_example*bs + self.held, per_example, self.available, self.failed)
+        below = max((b for b in self.unfit if b < bs), default=0)
+        least = min(b for b in self.points if b > below) if below else 1
+        unfit_bs = min((b for b in self.unfit if b > bs), default=below or None)
+        return Memory(most - per_example*bs + self.held, per_example, self.available, self.failed, least,
+                      bs if (unfit_bs or 0) > bs else math.inf, self.unfit.get(unfit_bs, ''), unfit_bs)
 
 # %% ../nbs/41_memory.ipynb #08ed3242
 class _CudaBytes(_StepBytes):
@@ -191,18 +209,23 @@ def _estimate(learn, probe, bs, seconds=math.inf):
     dl = learn.dls.train
     bs,most = bs or batch_size(dl),n_train_examples(learn) or sys.maxsize
     if not bs: return
+    probe.in_use = bs
     while not probe.points:
         for b in _probe_sizes(bs, most):
             if b >= probe.failed: break
             size,n = probe.measure(learn, b)
             if n == math.inf: break
             if size != b or not n: return
+        if probe.unfit and not probe.points and probe.failed == math.inf: probe.measure(learn, probe.in_use)
         if not probe.points and b <= 2:
             raise torch.OutOfMemoryError(f"A training step does not fit into memory, not even with a batch of {b}: free memory, or train "
                                          "a smaller model")
         bs = max(bs//4, 1)
+    if probe.unfit:
+        if probe.bound == math.inf and probe.in_use < most: probe.measure(learn, min(2*probe.in_use, most))
+        return probe.memory
     best = max(probe.points)
-    while best < most and probe.failed == math.inf and probe.memory.per_example*best < probe.available/1000:
+    while best < most and probe.bound == math.inf and probe.memory.per_example*best < probe.available/1000:
         start = time.perf_counter()
         if start + 4*took > end: return
         probe.measure(learn, min(4*best, most))
@@ -226,8 +249,8 @@ def _climb(learn, probe, margin, most):
     "The largest batch size that a real step shows to fit"
     for _ in range(_tries):
         best = max(probe.points)
-        bs = min(probe.memory.max_bs(margin), most, _growth*best)
-        if probe.failed < math.inf: bs = min(bs, (best + probe.failed)//2)
+        bs = min(probe.memory._replace(most=math.inf).max_bs(margin), most, _growth*best)
+        if probe.bound < math.inf: bs = min(bs, (best + probe.bound)//2)
         if bs < 1.05*best: return min(bs, best)
         size,_ = probe.measure(learn, bs)
         if size < bs: most = size
@@ -253,10 +276,15 @@ def max_bs(self:Learner,
                                  "batch size is set, or they cannot be counted: "
                                  "use a fastai or PyTorch loader that makes the batches itself, with a batch size and no batch_sampler of your own")
             if check is None: check = _device(self).type == 'cuda'
-            res = _climb(self, probe, margin, most) if check else min(mem.max_bs(margin), most)
+            if not check and max(probe.points) <= probe.in_use and (bs := 2*probe.in_use) <= min(mem.max_bs(margin), most):
+                probe.measure(self, bs)  # a model, or a loss, may be for one batch size
+            res = _climb(self, probe, margin, most) if check or probe.unfit else min(probe.memory.max_bs(margin), most)
+            mem = probe.memory
         if res < 1:
             raise torch.OutOfMemoryError(f"Not even one example fits: {mem}, of which margin={margin} is to be used. Free memory, raise "
                                          "margin, or train a smaller model")
         res = int(min(processes.agree(res)*processes.size, processes.agree(processes.examples(most))))
-    if hasattr(self, 'recorder'): self.recorder.bs_fits = processes.each(res)  # in each: the next training may have fewer
+        least = int(processes.agree(mem.least, max))
+    if hasattr(self, 'recorder'): keep_sizes(self.recorder, processes.each(res), least, mem.unfit)  # of each: the next training may have fewer
+    if mem.unfit and processes.rank == 0: say(self, sizes_summary(least*processes.size, res if mem.most < math.inf else None, mem.unfit))
     return res

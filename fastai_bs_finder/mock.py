@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['mock_training', 'MockCallback', 'set_gradients', 'loss_scale', 'synchronize', 'StepClock', 'TimedSteps', 'run_steps',
-           'pass_parts', 'out_of_memory', 'LockStep', 'in_step']
+           'pass_parts', 'out_of_memory', 'in_a_line', 'LockStep', 'in_step']
 
 # %% ../nbs/30_mock.ipynb #35041c14
-import time
+import errno, re, time
 from collections.abc import Callable
 from contextlib import contextmanager
 from types import MethodType
@@ -25,7 +25,7 @@ from .loaders import Passes, draw_few, len_or_none, n_examples, part_of, rebatch
 from .losses import BatchLoss
 from .noise import GradSums
 from .processes import Processes, before_broadcast, is_distributed, processes_of, trainers
-from .snapshot import no_footprint
+from .snapshot import Snapshot, no_footprint
 
 # %% ../nbs/30_mock.ipynb #97db4851
 _aside = (progress.ProgressCallback, progress.CSVLogger, GradientAccumulation)
@@ -150,8 +150,11 @@ def run_steps(
     "Train at learning rate 0 with batches of `bs`: as much work as any step, and the weights stay"
     if bs is not None and (dl := rebatch(learn.dls.train, bs)) is not learn.dls.train: learn.dls.loaders[0] = dl
     draw_few(learn.dls.train)
-    cb = in_step(TimedSteps, learn)(enough)
-    learn.fit(10**9, 0., cbs=cb)
+    cb,snapshot = in_step(TimedSteps, learn)(enough),Snapshot(learn, [learn.dls, *learn.dls.loaders, learn.model, learn.opt])
+    try: learn.fit(10**9, 0., cbs=cb)
+    except Exception:
+        snapshot.restore()  # a callback that was broken off, MixUp for example, would fail at the next size
+        raise
     return cb
 
 # %% ../nbs/30_mock.ipynb #23fa38c3
@@ -170,12 +173,55 @@ def pass_parts(
         for m,on in modes: m.training = on
     if hasattr(learn.model, 'reset'): learn.model.reset()
 
-# %% ../nbs/30_mock.ipynb #dfa2281b
+# %% ../nbs/30_mock.ipynb #de534c0c
+_too_large = re.compile(r"""
+    \bout\ of\ (?:shared\ |host\ |device\ )?memory\b (?!\ (?!while|when|trying|on|at|during|error|allocating)\w)
+  | (?:can't|cannot|could\ not|unable\ to|failed\ to)\ allocate\ (?:memory\b|[\d.,]+\ ?(?:bytes|[kKMGT]i?B))
+  | DefaultCPUAllocator | not\ enough\ memory(?=[:.]|$) | std::bad_alloc | ^[\w.]*MemoryError\b | Invalid\ buffer\ size | MODULE:PT_DEVMEM\ Allocation\ failed
+  | killed\ by\ signal:\ (?:Killed|Bus\ error)
+  | CUDNN_STATUS_(?:NOT_SUPPORTED|ALLOC_FAILED|NOT_INITIALIZED|INTERNAL_ERROR)
+  | (?:CUBLAS|CUSOLVER|CUSPARSE|HIPBLAS|HIPSOLVER|HIPSPARSE)_STATUS_(?:ALLOC_FAILED|NOT_INITIALIZED|INSUFFICIENT_RESOURCES)
+  | CUFFT_ALLOC_FAILED | HIPFFT_ALLOC_FAILED | rocblas_status_memory_error | miopenStatusAllocFailed | cudaErrorMemoryAllocation
+  | _OUT_OF_(?:RESOURCES|DEVICE_MEMORY|HOST_MEMORY)\b | RESOURCE_EXHAUSTED
+  | 32-?\ ?bit\ index | canUse32BitIndexMath | INT_MAX | numeric_limits<int(?:32_t)?>::max | \binteger\ out\ of\ range | \binteger\ multiplication\ overflow
+  | Storage\ size\ calculation\ overflowed | NDArray\ >\ 2\*\*32 | less\ than\ 2147483647 | input\ tensor\ is\ too\ large
+  | invalid\ configuration\ argument | too\ many\ resources\ requested
+""", re.X | re.M | re.I)
+_where = re.compile('  |Exception occured in|Caught .* in .* process|Original Traceback')  # what fastai and worker processes put before it
+_too_large_array = re.compile('array is too big|Maximum allowed dimension exceeded')  # NumPy: a `ValueError`
+
+def _errors_in(error):
+    "It, those of a group, and those that led to it; not what its caller was handling already"
+    found,todo,frame,callers = {},[error],error.__traceback__ and error.__traceback__.tb_frame.f_back,set()
+    while frame: frame,_ = frame.f_back,callers.add(frame)
+    while todo:
+        e = todo.pop()
+        if e is None or id(e) in found or e.__traceback__ and e.__traceback__.tb_frame in callers: continue
+        found[id(e)] = e
+        todo += [e.__cause__, e.__context__, *getattr(e, 'exceptions', ())]
+    return found.values()
+
+def _means_too_large(e):
+    if isinstance(e, (torch.OutOfMemoryError, MemoryError)) or isinstance(e, OSError) and e.errno == errno.ENOMEM: return True
+    if isinstance(e, ValueError): return bool(_too_large_array.search(str(e)))
+    if not isinstance(e, RuntimeError): return False
+    said = '\n'.join(l for l in str(e).splitlines() if not l.startswith('  '))  # without the traceback that a worker process sends
+    if _too_large.search(said): return True
+    try: from accelerate.utils.memory import should_reduce_batch_size
+    except ImportError: return False
+    return should_reduce_batch_size(RuntimeError(said))
+
 def out_of_memory(
     error:Exception, # What a training step raised
-) -> bool: # Whether it ran out of memory, on whatever device
-    "Tell errors of memory from others"
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+) -> bool: # Whether the batch was too large for the memory, or for an operator, on whatever device
+    "Tell errors that a smaller batch avoids from others"
+    return any(map(_means_too_large, _errors_in(error)))
+
+def in_a_line(
+    error:Exception, # What a training step raised
+) -> str: # Its first line that is not about where it happened; 150 characters at most
+    "What an error says, for a sentence"
+    return next((l.strip().rstrip('.') for l in str(error).splitlines() if l.strip() and not _where.match(l)), type(error).__name__)[:150]
 
 # %% ../nbs/30_mock.ipynb #f4dd59a0
 class LockStep:

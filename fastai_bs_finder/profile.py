@@ -12,15 +12,13 @@ from statistics import median
 
 import pandas as pd
 from fastai.learner import Learner
-from .mock import out_of_memory, run_steps
+from .mock import in_a_line, out_of_memory, run_steps
 from .predict import StepTime
 from .processes import ProcessError, processes_of
 from .result import Profile
 
 # %% ../nbs/40_profile.ipynb #783e3d4b
 _seconds_per_size = 2.  # to spend, at most
-
-def _first_line(e): return next(iter(l.strip() for l in str(e).splitlines()[::-1] if l.strip()), type(e).__name__)[:100]
 
 def _guess(found, bs):
     "Seconds of a step at `bs`, from few measured ones"
@@ -37,7 +35,7 @@ def profile_steps(
     sizes:Iterable, # Batch sizes to try, of all processes together, the most important first
     budget:float, # Seconds to spend in all
     known:Profile=Profile(), # What is known from before
-) -> Profile: # Its `step_time`, rising; its `trouble` where a size did not work; a lower `max_bs` where one ran out of memory
+) -> Profile: # Its `step_time`, rising; its `trouble` where a size did not work, with a lower `max_bs`, or a `min_bs` where none below it works
     "Time training steps at each of `sizes`; sizes that would take too long are left out, and those after one that fails"
     start,found,new,processes = time.perf_counter(),dict(known.step_time),dict(trouble=''),processes_of(learn)
     for i,bs in enumerate(sizes):
@@ -49,10 +47,11 @@ def profile_steps(
         try: steps = run_steps(learn, processes.each(bs), enough)
         except Exception as e:  # a model, or a loss, for one batch size only: no reason to lose the measurements
             learn._end_cleanup()
-            said = e.said if isinstance(e, ProcessError) else processes.barrier('trouble', (_first_line(e), out_of_memory(e)))[2]
+            said = e.said if isinstance(e, ProcessError) else processes.barrier('trouble', (in_a_line(e), out_of_memory(e)))[2]
             if said is None: raise
             new = dict(trouble='failed', failed=bs, error=said[0])
             if said[1]: new['max_bs'] = min(known.max_bs or bs, bs - 1)
+            elif found: new |= dict(capped=True, unfit=said[0]) if bs > min(found) else dict(min_bs=min(found), unfit=said[0])
             break
         size = processes.each(bs)*processes.size
         if max(steps.sizes, default=size) != size:
@@ -60,4 +59,6 @@ def profile_steps(
             break
         if seconds := _seconds_of_a_step(steps, size): found[bs] = seconds
     rising = pd.Series(found, dtype=float).sort_index()[::-1].cummin()[::-1].to_dict()
-    return Profile(**vars(known) | new | dict(step_time=rising))
+    facts = vars(known) | new | dict(step_time=rising)
+    if facts['capped']: facts['max_bs'] = max([b for b in found if b < facts['failed']])
+    return Profile(**facts)

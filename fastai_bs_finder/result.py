@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['noise_columns', 'Result', 'Run', 'Profile', 'noise_in_use', 'mean_noise_scale', 'advised_bs', 'BSResult',
-           'NoiseScaleResult', 'SweepResult', 'layer_table', 'keep_result']
+           'NoiseScaleResult', 'SweepResult', 'layer_table', 'keep_result', 'keep_sizes', 'least_and_why']
 
 # %% ../nbs/21_result.ipynb #2672ee08
 import io, json, math
@@ -105,6 +105,9 @@ class Profile:
     error:str = '' # What it said
     cut_short:bool = False # Was there no time to try larger batches, which may be faster still?
     no_memory:str = '' # Why it is not known what fits in memory
+    min_bs:int|None = None # The smallest batch size that works; `None`: no smaller one is known to fail
+    capped:bool = False # Did a larger step than max_bs fail for another reason than memory? Then max_bs is the largest that worked
+    unfit:str = '' # What that one said, or one below min_bs
 
 # %% ../nbs/21_result.ipynb #9012b2a4
 noise_columns = 'noise scale noise_scale lo hi raw_noise raw_scale'.split()
@@ -235,6 +238,7 @@ class NoiseScaleResult(Result):
     seconds:float = 0. # Time spent measuring
     train_seconds:float = 0. # Time spent training, measurements left out
     out_of_memory:bool = False # Did a measurement run out of memory?
+    error:str = '' # What it said where a measurement failed otherwise, after which there are none
 
     @cached_property
     def in_use(self) -> pd.DataFrame:
@@ -259,6 +263,7 @@ class SweepResult(Result):
     opt:str = 'sgd' # How the learning rate follows the batch size, see `scale_lr`
     too_large:float = math.inf # The smallest batch size that did not fit in memory
     fit:dict|None = None # The measured critical batch size, see `fit_steps`
+    unfit:dict = field(default_factory=dict) # Batch sizes that fail for another reason than memory, and what they fail with
 
     @property
     def watched(self) -> str:
@@ -296,6 +301,22 @@ def keep_result(
 ):
     "Remember a result for a recorder"
     recorder._found.setdefault(recorder, {})[name] = result
+
+def keep_sizes(
+    recorder:Recorder, # The learner's recorder
+    fits:int, # The largest batch size of a process that works
+    least:int=1, # The smallest
+    unfit:str='', # What other sizes fail with, where it is not memory
+):
+    "Remember which batch sizes work, for `set_bs`"
+    recorder.bs_fits = fits
+    recorder._found.setdefault(recorder, {})['sizes'] = least,unfit
+
+def least_and_why(
+    recorder:Recorder, # The learner's recorder
+) -> tuple: # The smallest batch size of a process that works, and what others fail with; 1 and '' where that is not known
+    "What `keep_sizes` was told, beside the largest"
+    return _last(recorder, 'sizes') or (1, '')
 
 def _last(recorder, name): return recorder._found.get(recorder, {}).get(name)
 

@@ -16,7 +16,7 @@ from .accumulate import AccumulateGrads, TidyCallback, examples_per_step, micro_
 from .checks import check_whole
 from .loaders import batch_size, check_settable, len_or_none, n_train_examples, rebatch
 from .processes import processes_of, unwrap
-from .result import BSResult, advised_bs
+from .result import BSResult, advised_bs, least_and_why
 from .words import say, set_bs_summary
 
 # %% ../nbs/42_set_bs.ipynb #ae7019c4
@@ -37,12 +37,12 @@ def _chosen(bs):
         raise ValueError(f"There is no batch size in {bs}: bs_find could not tell one, and said why. Do what it asked for, or set a number")
     return advised
 
-def _what_was_done(learn, processes, bs, micro, before):
+def _what_was_done(learn, processes, bs, micro, before, unfit):
     dl,n,n_it = learn.dls.train,n_train_examples(learn),len_or_none(learn.dls.train)
     result = getattr(getattr(learn, 'recorder', None), 'bs_result', None)
     row = result.at_bs(bs) if result is not None and result.bs_in_use == before != bs else None
     left = processes.each(n) % micro*processes.size if n and getattr(dl, 'drop_last', False) else 0
-    return set_bs_summary(micro, math.ceil(processes.each(bs)/micro), processes.size, n_it and processes.batches(dl), left, n, row)
+    return set_bs_summary(micro, math.ceil(processes.each(bs)/micro), processes.size, n_it and processes.batches(dl), left, n, row, unfit)
 
 # %% ../nbs/42_set_bs.ipynb #e03b22e8
 _follows = WeakKeyDictionary()  # which loaders of a `DataLoaders` go along with the training loader
@@ -58,8 +58,13 @@ def set_bs(self:Learner,
     unwrap(self)
     processes = processes_of(self)
     if fits is not None: check_whole('fits', fits, processes.size)
-    own,fits,n = processes.each(bs),known_fits(self) if fits is None else fits,processes.examples(n_train_examples(self))
-    micro = micro_bs(own, fits and max(fits//processes.size, 1))
+    known,own = fits is None,processes.each(bs)
+    fits,n = known_fits(self) if known else fits,processes.examples(n_train_examples(self))
+    least,unfit = least_and_why(self.recorder) if known and hasattr(self, 'recorder') else (1, '')
+    if own < least:
+        raise ValueError(f"bs={bs} does not work here: a batch of fewer than {least*processes.size} examples fails ({unfit}). Give "
+                         f"{least*processes.size} or a multiple of it")
+    micro = micro_bs(own, fits and max(fits//processes.size, 1), least)
     if n is not None and bs > n: raise ValueError(f"bs={bs} is more than the {n:,} examples of the training set: give {n} or less")
     if foreign := [o for o in self.cbs if isinstance(o, GradientAccumulation) and not isinstance(o, AccumulateGrads)]:
         raise ValueError(f"The learner accumulates gradients already, with {foreign[0]!r}: take it off first, "
@@ -77,5 +82,5 @@ def set_bs(self:Learner,
         if o.stays: o.n_acc = own if micro < own else 1
         else: self.remove_cb(o)
     if micro < own and not any(isinstance(o, AccumulateGrads) for o in self.cbs): self.add_cb(AccumulateGrads(own))
-    if processes.rank == 0: say(self, _what_was_done(self, processes, bs, micro, before))
+    if processes.rank == 0: say(self, _what_was_done(self, processes, bs, micro, before, unfit))
     return self

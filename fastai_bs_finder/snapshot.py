@@ -10,7 +10,7 @@ import copyreg, random, socket, sys, threading, traceback, warnings, weakref
 from argparse import Namespace
 from collections import OrderedDict, UserDict, UserList, deque
 from collections.abc import Iterable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from multiprocessing.process import BaseProcess
 from types import BuiltinMethodType, FunctionType, MethodType, ModuleType, SimpleNamespace
@@ -84,18 +84,21 @@ class Snapshot:
             o,data = self._todo.pop()
             try: self._visit(o, data)
             except Exception as e:  # an object that does not let itself be looked at
-                if issubclass(type(o), (torch.Tensor, np.ndarray, *_own)): raise
-                warnings.warn(f"The snapshot cannot look into an object of {type(o).__module__}.{type(o).__qualname__} ({type(e).__name__}: {e}): "
-                              "what training changes in it is not put back", stacklevel=2)
+                if issubclass(type(o), (nn.Parameter, np.ndarray, *_own)): raise
+                _warn_of(o, 'look into', e)
         self._undo += [partial(setter, state) for setter,state in global_state()]
+
+# %% ../nbs/22_snapshot.ipynb #ff194c3f
+def _warn_of(o, what, error):
+    warnings.warn(f"The snapshot cannot {what} an object of {type(o).__module__}.{type(o).__qualname__} ({type(error).__name__}: {error}): "
+                  "what training changes in it is not put back", stacklevel=3)
 
 # %% ../nbs/22_snapshot.ipynb #d5610e85
 @patch
 def _visit(self:Snapshot, o, data):
     if o is None or isinstance(o, (bool, int, float, complex, str, bytes, np.generic)) or not self._is_new(o, data): return
     if   _is_rng(o): self._undo_rng(o)
-    elif isinstance(o, torch.Tensor):
-        if not (o.is_meta or is_lazy(o) or o.is_nested) and self._copies(o.numel(), data): self._undo_tensor(o)
+    elif isinstance(o, torch.Tensor): self._visit_tensor(o, data)
     elif isinstance(o, np.ndarray):
         if self._copies(o.size, data): self._undo_array(o)
     elif isinstance(o, (pd.DataFrame, pd.Series)):
@@ -186,24 +189,41 @@ def _undo_dict(self:Snapshot, d):
         for k,v in saved.items(): cls.__setitem__(d, k, v)
     self._undo.append(undo)
 
+# %% ../nbs/22_snapshot.ipynb #527dab94
+_plainly = torch._C.DisableTorchFunctionSubclass
+def _get(t, name): return getattr(torch.Tensor, name).__get__(t)
+def _set(t, name, x): getattr(torch.Tensor, name).__set__(t, x)
+
+def _wraps_tensors(t):
+    own_dispatch = type(t).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
+    return own_dispatch and any(isinstance(v, torch.Tensor) for v in object.__getattribute__(t, '__dict__').values())
+
 @patch
-def _undo_tensor(self:Snapshot, t):
-    same,data = t.detach(),t.detach().to('cpu', copy=True)
-    if t.is_leaf:
-        self._tensors.append((t, t.requires_grad, t.grad))
-        for name in ('_backward_hooks', '_post_accumulate_grad_hooks'): self._undo_hooks(t, name)
-    def undo():
-        if same.layout == torch.sparse_coo: t.data = data.clone()
+def _visit_tensor(self:Snapshot, t, data):
+    with _plainly():
+        if _get(t, 'is_meta') or is_lazy(t) or _get(t, 'is_nested') or not self._copies(torch.Tensor.numel(t), data): return
+        if _wraps_tensors(t): self._visit_attrs(t, data)
         else:
+            same = torch.Tensor.detach(t)
+            self._undo.append(partial(_put_back, t, same, torch.Tensor.to(same, 'cpu', copy=True)))
+        if _get(t, 'is_leaf'):
+            self._tensors.append((t, _get(t, 'requires_grad'), _get(t, 'grad')))
+            for name in ('_backward_hooks', '_post_accumulate_grad_hooks'): self._undo_hooks(t, name)
+
+def _put_back(t, same, data):
+    "Write `data` into the memory of `t`, which is that of `same`"
+    try:
+        with torch.inference_mode() if torch.Tensor.is_inference(t) else nullcontext():
+            if same.layout == torch.sparse_coo: return _set(t, 'data', data.clone())
             if same.layout != torch.strided or torch._debug_has_internal_overlap(same) != 1: same.copy_(data)  # an expanded tensor takes no writes
-            t.data = same
-    self._undo.append(undo)
+            _set(t, 'data', same)
+    except Exception as e: _warn_of(t, 'put back', e)
 
 @patch
 def _undo_hooks(self:Snapshot, t, name):
-    hooks = dict(getattr(t, name) or {})
+    hooks = dict(_get(t, name) or {})
     def undo():
-        now = getattr(t, name)  # `None`, or what PyTorch itself looks into
+        now = _get(t, name)  # `None`, or what PyTorch itself looks into
         if now is not None:
             now.clear()
             now.update(hooks)
@@ -246,7 +266,8 @@ def _undo_script(self:Snapshot, o):
 @patch
 def set_aside(self:Snapshot):
     "Take away the gradients, and the workers of loaders that keep theirs, so that training makes new ones; `restore` puts the old ones back"
-    for t,*_ in self._tensors: t.grad = None
+    with _plainly():
+        for t,*_ in self._tensors: _set(t, 'grad', None)
     for dl,_ in self._loaders: dl._iterator = None
 
 @patch
@@ -264,18 +285,19 @@ def _end_workers(self:Snapshot, error):
                 worker.terminate()
                 worker.join(5)
 
-@patch
-def _undo_grad(self:Snapshot, t, requires_grad, grad):
-    if not t.is_leaf: t.detach_()  # somebody added to it in place, a loss for example
-    if t.requires_grad != requires_grad: t.requires_grad_(requires_grad)
-    t.grad = grad
+def _undo_grad(t, requires_grad, grad):
+    try:
+        if not _get(t, 'is_leaf'): torch.Tensor.detach_(t)  # somebody added to it in place, a loss for example
+        if _get(t, 'requires_grad') != requires_grad: torch.Tensor.requires_grad_(t, requires_grad)
+        _set(t, 'grad', grad)
+    except Exception as e: _warn_of(t, 'put back', e)
 
 @patch
 def restore(self:Snapshot):
-    "Put everything back; may be called more than once. What cannot be put back holds up nothing else: its error is raised at the end"
+    "Put everything back; may be called more than once. What cannot be put back holds up nothing else: its error is raised at the end, that of a tensor warned about"
     errors = []
-    with torch.no_grad():
-        for undo in [partial(self._end_workers, sys.exc_info()[1]), *reversed(self._undo), *(partial(self._undo_grad, *o) for o in self._tensors)]:
+    with torch.no_grad(), _plainly():
+        for undo in [partial(self._end_workers, sys.exc_info()[1]), *reversed(self._undo), *(partial(_undo_grad, *o) for o in self._tensors)]:
             try: undo()
             except Exception as e: errors.append(e)
     torch.set_grad_enabled(self._grad_mode)

@@ -13,14 +13,16 @@ from .predict import round_bs
 from .result import BSResult
 
 # %% ../nbs/31_suggest.ipynb #362765d6
+def _that_works(bs, result): return max(bs, result.profile.min_bs or 1)
+
 def critical(
     result:BSResult, # The result of a mock training: `learn.recorder.bs_result`
 ) -> int|None: # A batch size; the largest that is safe where the interval has no upper end; `None` where nothing can be said
     "The noise scale at the end of the mock training: larger batches mostly burn compute, smaller ones mostly cost steps"
     if not len(result) or result.hindrance: return None
     last = result.in_use.iloc[-1]
-    if last.hi == math.inf: return round_bs(last.lo, result.largest, down=True) if last.lo >= 1 else None
-    return round_bs(last.noise_scale, result.largest) if last.noise > 0 and last.scale > 0 else None
+    if last.hi == math.inf: return _that_works(round_bs(last.lo, result.largest, down=True), result) if last.lo >= 1 else None
+    return _that_works(round_bs(last.noise_scale, result.largest), result) if last.noise > 0 and last.scale > 0 else None
 
 def average(
     result:BSResult, # The result of a mock training: `learn.recorder.bs_result`
@@ -28,7 +30,7 @@ def average(
     "The noise scale averaged over the mock training (McCandlish et al. 2018, Table 1 gives it beside the one at the start)"
     known = result.in_use[result.in_use.hi < math.inf]
     if len(known) < max(len(result)/2, 1) or result.hindrance: return None
-    return round_bs(known.noise_scale.mean(), result.largest)
+    return _that_works(round_bs(known.noise_scale.mean(), result.largest), result)
 
 def quickest(
     result:BSResult, # The result of a mock training: `learn.recorder.bs_result`
@@ -38,7 +40,7 @@ def quickest(
     table = result.table if critical(result) else None
     if table is None: return None
     most = reach*max(result.profile.step_time, default=0)
-    time = table.time[(table.index <= most) & ~table.fits.str.startswith('accumulate')].dropna()
+    time = table.time[(table.index >= _that_works(1, result)) & (table.index <= most) & ~table.fits.str.startswith('accumulate')].dropna()
     return int(time.idxmin()) if len(time) else None
 
 def fastest(

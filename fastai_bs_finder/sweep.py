@@ -8,7 +8,7 @@ __all__ = []
 # %% ../nbs/52_sweep.ipynb #3cfd88f7
 import math, re, time
 from collections.abc import Callable, Iterable
-from copy import deepcopy
+from copy import copy, deepcopy
 from numbers import Real
 from types import SimpleNamespace
 
@@ -25,10 +25,10 @@ from .accumulate import AccumulateGrads, examples_per_step, micro_bs
 from .checks import check_learner, check_lr, check_opt, check_whole
 from .loaders import Passes, batch_size, check_empty, check_settable, len_or_none, n_examples, n_train_examples, rebatch, second_loader
 from .metric import normalizes
-from .mock import mock_training, out_of_memory, run_steps, synchronize
+from .mock import in_a_line, mock_training, out_of_memory, run_steps, synchronize
 from .predict import fit_steps, scale_lr, sizes_between
 from .processes import is_distributed
-from .result import SweepResult, keep_result
+from .result import SweepResult, keep_result, least_and_why
 from .set_bs import known_fits
 from .snapshot import Snapshot, training_tensors
 from .words import as_lr, say, sweep_summary
@@ -71,6 +71,7 @@ class _SweepRun(Callback):
         first,*others = self.watch.dls(self.learn)
         self._look(*first)
         if self.now is None:
+            self._looking = True  # it is not the training that fails
             raise ValueError(f"There is no {self.watch.monitor} to watch: the evaluation saw no batch, or the metric is not a number. Is "
                              "there a callback that cancels validation?")
         self.reached = self.watch.is_reached(self.now)
@@ -153,7 +154,19 @@ class _FixedBatches(GetAttr):
         batches:list, # Its batches
     ): self.dl,self.batches = dl,batches
     def __len__(self): return len(self.batches)
-    def __iter__(self): return map(deepcopy, self.batches)  # a model may change its input in place
+    def __iter__(self): return map(_copied, self.batches)  # a model may change its input in place
+
+def _copied(o):
+    "A copy of a batch; what cannot be copied stays itself"
+    try: return deepcopy(o)
+    except Exception: pass
+    if isinstance(o, torch.Tensor): return o.detach().clone().requires_grad_(o.requires_grad)  # one with a gradient is a part of a graph
+    if isinstance(o, (list, tuple)): return type(o)(*map(_copied, o)) if hasattr(o, '_fields') else type(o)(map(_copied, o))
+    try: res = copy(o)
+    except Exception: return o
+    parts = res if isinstance(o, dict) else getattr(res, '__dict__', {})
+    for k,v in list(parts.items()): parts[k] = _copied(v)
+    return res
 
 def _known_monitors(
     learn:Learner, # The learner
@@ -184,7 +197,7 @@ class _Sweep:
         bar=None, # A fastprogress bar; `None`: no bar
     ):
         self.learn,self.watch,self.lrs,self.lr,self.rows,self.bar = learn,watch,lrs,lr,rows,bar
-        self.opt,self.too_large,self._done,self._planned,self._searched = 'adam',math.inf,0,1,[]
+        self.opt,self.too_large,self.unfit,self._done,self._planned,self._searched = 'adam',math.inf,{},0,1,[]
         self.bs0,self.n = examples_per_step(learn),n_train_examples(learn)
         found = learn.recorder.bs_result
         self.noise_scale = found.mean_noise_scale[0] if found is not None and found.mean_noise_scale else None
@@ -216,7 +229,7 @@ def train(self:_Sweep, bs, lr, most=math.inf):
         self.bar.update(max(int(100*(self._done + min(part, .99))), 1))
     self.run = run = _SweepRun(self.watch, most, update)
     with mock_training(self.learn):
-        micro = micro_bs(bs, known_fits(self.learn))
+        micro = self._micro_bs(bs)
         self.learn.remove_cbs(L(o for o in self.learn.cbs if isinstance(o, ParamScheduler)))
         self.learn.dls.loaders[0] = rebatch(self.learn.dls.train, micro)
         check_empty(self.learn.dls.train)
@@ -279,10 +292,22 @@ def over(self:_Sweep, sizes):
         if bs >= self.too_large: continue
         try: self.search(bs)
         except Exception as e:
-            if not out_of_memory(e) or self.run._looking: raise
-            self.learn._end_cleanup()
-            self.too_large = bs
+            if self.run._looking: raise
+            if out_of_memory(e): self.too_large = bs
+            elif self._fails(bs) and not self._fails(self.bs0): self.unfit[bs] = in_a_line(e)
+            else: raise
         else: self._searched.append(bs)
+
+@patch
+def _micro_bs(self:_Sweep, bs): return micro_bs(bs, known_fits(self.learn), least_and_why(self.learn.recorder)[0])
+
+@patch
+def _fails(self:_Sweep, bs):
+    "Does a training step with batches of `bs` raise an error?"
+    try:
+        with mock_training(self.learn): run_steps(self.learn, self._micro_bs(bs), lambda seconds: len(seconds) >= 10)
+    except Exception: return True
+    return False
 
 @patch
 def around_root(self:_Sweep):
@@ -304,7 +329,7 @@ def result(self:_Sweep):
     stats = stats.astype(dict(best=bool, reached=bool)).sort_values('bs', kind='stable', ignore_index=True)
     top = stats[stats.best & stats.reached]
     lower,fit = watch.better(watch.monitor) is min,fit_steps(top.bs, top.steps)
-    return SweepResult(stats, watch.monitor, watch.target, lower, self.bs0, self.opt, self.too_large, fit)
+    return SweepResult(stats, watch.monitor, watch.target, lower, self.bs0, self.opt, self.too_large, fit, self.unfit)
 
 @patch
 def publish(self:_Sweep):
@@ -366,10 +391,21 @@ _eval_bs = 256
 # %% ../nbs/52_sweep.ipynb #334722e9
 def _fixed_batches(learn, n):
     "Batches of the training loader with `n` examples in all or somewhat more, always the same ones"
-    res,seen,dl = [],0,learn.dls.train
+    dl = learn.dls.train
     some = max(4*batch_size(dl), batch_size(learn.dls.valid) or 0)  # without gradients, that should fit
     bs = 2**int(math.log2(min(_eval_bs, some, n_train_examples(learn) or _eval_bs)))
     n = math.ceil(n/_eval_bs)*_eval_bs  # the same examples whatever the batch size
+    try:
+        res = _draw(learn, bs, n)
+        with mock_training(learn): learn.validate(dl=_FixedBatches(dl, res.batches[:1]))
+    except Exception:  # a model for one batch size, or examples that do not collate
+        if bs == batch_size(dl): raise
+        res = _draw(learn, batch_size(dl), n)
+    return res
+
+def _draw(learn, bs, n):
+    "Batches of `bs` with `n` examples in all, or somewhat more"
+    res,seen,dl = [],0,learn.dls.train
     with mock_training(learn):
         set_seed(0)
         for b in rebatch(second_loader(dl), bs):

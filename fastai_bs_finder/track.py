@@ -6,7 +6,7 @@
 __all__ = ['NoiseScale']
 
 # %% ../nbs/43_track.ipynb #3616f7bb
-import gc, math, time
+import gc, math, time, warnings
 from contextlib import contextmanager
 from itertools import chain
 from functools import partial
@@ -27,7 +27,7 @@ from .checks import check_whole
 from .interrupt import CtrlC
 from .loaders import batch_size, len_or_none, n_examples, second_loader
 from .metric import OptMeter, normalizes
-from .mock import loss_scale, out_of_memory, synchronize
+from .mock import in_a_line, loss_scale, out_of_memory, synchronize
 from .noise import noise_and_scale, sq_norms, Noise, NoiseAverage
 from .processes import processes_of
 from .result import NoiseScaleResult, keep_result, noise_in_use
@@ -116,7 +116,7 @@ class Collector:
     def after_batch(self): self.schedule.since += 1
     def end_epoch(self): pass
     def close(self): "Leave nothing on the model; the training may have broken off"
-    def due(self, *args, **kwargs): return not self.tracker.out_of_memory and self.schedule.due(*args, **kwargs)
+    def due(self, *args, **kwargs): return not (self.tracker.out_of_memory or self.tracker.error) and self.schedule.due(*args, **kwargs)
 
 # %% ../nbs/43_track.ipynb #ed639114
 _shaping = 'before_batch', 'after_pred', 'after_loss', 'before_backward'
@@ -182,9 +182,10 @@ class OwnPass(Collector):
             self._take_gradients()
         finally:
             ctrl_c.hold()
-            snapshot.restore()
-            for p,g in zip(params, grads): p.grad = g
-            ctrl_c.release()
+            try: snapshot.restore()
+            finally:
+                for p,g in zip(params, grads): p.grad = g
+                ctrl_c.release()
         if self.meter.n_batch > 1: self.tracker.note(take.loss_sum/self.meter.sums.samples)
 
 # %% ../nbs/43_track.ipynb #f3f84506
@@ -388,7 +389,7 @@ class NoiseScale(AsideCallback):
                              "0.05 for example, or None for as much as it takes")
         self.every,self.n_batch,self.beta,self.share = every,n_batch,beta,share
         self._column = ValueMetric(self._latest, 'noise_scale')
-        self.columns,self.rows,self.adaptive,self.out_of_memory,self.schedule = [self._column],[],False,False,Schedule(every, share)
+        self.columns,self.rows,self.adaptive,self.out_of_memory,self.error,self.schedule = [self._column],[],False,False,'',Schedule(every, share)
         self._release()
 
     seconds = property(lambda self: self.schedule.seconds, doc="Seconds of measuring so far")
@@ -412,7 +413,7 @@ class NoiseScale(AsideCallback):
         if len_or_none(self.dls.train) == 1 and not window and not several:
             raise ValueError("An epoch is a single batch, and the noise scale takes two: "
                              "train with smaller batches, or accumulate the gradients of several, AccumulateGrads")
-        self.rows,self.adaptive,self.out_of_memory,self._n_steps,self._n_samples = [],False,False,0,0
+        self.rows,self.adaptive,self.out_of_memory,self.error,self._n_steps,self._n_samples = [],False,False,'',0,0
         self.schedule,self.meter = Schedule(self.every, self.share),OptMeter(self.opt, self.beta)
         self._collectors = {kind: kind(self) for kind in ((AllProcesses,) if several else (OwnPass, Window))}
         self._collector = next(iter(self._collectors.values()))  # until there is a batch to pick by
@@ -431,9 +432,12 @@ class NoiseScale(AsideCallback):
     def _forward(self, event):
         try: getattr(self._collector, event)()
         except Exception as e:
-            if not out_of_memory(e) or self.processes.size > 1: raise  # the other processes would wait for this one
+            if self.processes.size > 1: raise  # the other processes would wait for this one
             self._collector.close()
-            self.out_of_memory = True  # no more measurements: the training may have what it needs
+            if out_of_memory(e): self.out_of_memory = True  # no more measurements: the training may have what it needs
+            else:
+                self.error = f'{type(e).__name__}: {in_a_line(e)}'
+                warnings.warn(f"NoiseScale measures no more in this training, which goes on without it: a measurement failed ({self.error})")
 
     def before_backward(self):
         self._pick()
@@ -488,7 +492,8 @@ def result(self:NoiseScale) -> NoiseScaleResult:
     average = NoiseAverage()
     stats = pd.DataFrame(self.rows, columns=['batch', 'epoch', 'step', 'samples', 'loss', 'bs', 'lr', *average.columns(), *average.columns('opt_')])
     opt = 'adam' if self.adaptive else 'sgd'
-    return NoiseScaleResult(stats, self.n_batch, self.beta, self.every, self.share, opt, self.seconds, self.train_seconds, self.out_of_memory)
+    return NoiseScaleResult(stats, self.n_batch, self.beta, self.every, self.share, opt, self.seconds, self.train_seconds, self.out_of_memory,
+                            self.error)
 
 @patch(as_prop=True)
 def stats(self:NoiseScale) -> pd.DataFrame:

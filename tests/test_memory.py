@@ -1,8 +1,8 @@
 "The memory of a step is measured as it is, the largest batch size is found without an error, and nobody can tell that it was looked for"
-import gc
+import errno, gc, sys
 from functools import partial
 
-import psutil, pytest, torch
+import numpy as np, psutil, pytest, torch
 from torch import nn
 from torch.utils import data as torch_data
 from torch.utils.checkpoint import checkpoint
@@ -13,7 +13,7 @@ from fastai.layers import ConvLayer, Flatten, sequential
 from fastai_bs_finder import memory
 from fastai_bs_finder.all import *
 from fastai_bs_finder.demo import digits_learner
-from fastai_bs_finder.mock import mock_training
+from fastai_bs_finder.mock import mock_training, out_of_memory
 from footprint import changes, forget, state
 from learners import digits, loaders, maker, mlp, plain_pytorch, stream, tabular
 
@@ -334,3 +334,130 @@ def test_available(tmp_path, monkeypatch):
     assert memory._host_available(tmp_path) == 100
     write(tmp_path, memory__max='3000\n')
     assert memory._host_available(tmp_path) == 0
+
+
+too_large = {k: RuntimeError(v) for k,v in dict(
+    cuda='CUDA out of memory. Tried to allocate 20.00 MiB (GPU 0; 7.80 GiB total capacity)', cuda_runtime='CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported',
+    cublas='CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`', cublas_handle='CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`',
+    cudnn='cuDNN error: CUDNN_STATUS_NOT_SUPPORTED. This error may appear if you passed in a non-contiguous input.',  # pytorch#22496: a convolution, from 42 examples on
+    cudnn_host='cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED', cufft='cuFFT error: CUFFT_ALLOC_FAILED',
+    mps='MPS backend out of memory (MPS allocated: 7.23 GB, other allocations: 1.54 GB, max allowed: 9.07 GB). Tried to allocate 896.00 MB on private pool.',  # accelerate#4226
+    mps_buffer='Invalid buffer size: 14.60 GB', hip='HIP out of memory. Tried to allocate 2.00 GiB', npu='NPU out of memory. Tried to allocate 2.00 GiB', xpu='XPU out of memory. Tried to allocate 2.00 GiB',
+    xpu_native='Native API failed. Native API returns: 39 (UR_RESULT_ERROR_OUT_OF_DEVICE_MEMORY)', hpu='FATAL ERROR :: MODULE:PT_DEVMEM Allocation failed for size::1234',
+    cpu="[enforce fail at alloc_cpu.cpp:75] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 35896320000 bytes. Error code 12 (Cannot allocate memory)",  # anomalib#1094
+    cpu_windows='[enforce fail at alloc_cpu.cpp:117] data. DefaultCPUAllocator: not enough memory: you tried to allocate 31850496000 bytes.', bad_alloc='std::bad_alloc',
+    index='Expected canUse32BitIndexMath(input) && canUse32BitIndexMath(output) to be true, but got false.',  # pytorch#80020
+    index_of_an_operator='input tensor must fit into 32-bit index math', range='integer out of range', elements='nonzero is not supported for tensors with more than INT_MAX elements',
+    grid='CUDA error: invalid configuration argument', launch='CUDA error: too many resources requested for launch',  # pytorch#16998
+    mmap='unable to mmap 8216 bytes from file </torch_1>: Cannot allocate memory (12)', worker_killed='DataLoader worker (pid 6000) is killed by signal: Killed. ',
+    worker='Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n  File "collate.py", line 47, in collate\n    return torch.cat(imgs)\n'
+           "RuntimeError: [enforce fail at CPUAllocator.cpp:64] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 402653184 bytes.",  # arcgis-python-api#743
+    numpy_in_a_worker='Caught _ArrayMemoryError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n  File "data.py", line 4, in get\n    x = np.zeros(n)\n'
+           'numpy._core._exceptions._ArrayMemoryError: Unable to allocate 8.00 GiB for an array with shape (1, 2)',
+    in_a_callback='Exception occured in `Some` when calling event `after_batch`:\n\tCUDA out of memory. Tried to allocate 2.00 GiB').items()}
+too_large |= dict(torch=torch.OutOfMemoryError('no more'), python=MemoryError(), system=OSError(errno.ENOMEM, 'Cannot allocate memory'),
+                  numpy=ValueError('array is too big; `arr.size * arr.dtype.itemsize` is larger than the maximum possible size.'))
+others = [RuntimeError(s) for s in (
+    'unsupported memory format option Contiguous', 'the memory bank is full', 'ran out of memory slots', 'index out of range in self', 'CUDA error: an illegal memory access was encountered',
+    'value cannot be converted to type at::Half without overflow', 'cannot allocate a slot in the memory network', "shape '[16, 64]' is invalid for input of size 4096", 'selected index k out of range',
+    'Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n  File "d.py", line 4, in get\n    raise RuntimeError("no CUDA out of memory.")\nRuntimeError: bad item')]
+others += [KeyError('out of memory'), ValueError('out of memory.'), OSError(errno.ENOENT, 'memory')]
+
+
+def raised(f):
+    try: f()
+    except Exception as e: return e
+
+
+@pytest.mark.parametrize('kind', too_large)
+def test_errors_that_mean_too_large(kind):
+    error = too_large[kind]
+    def wrapped(how):
+        try: raise error
+        except Exception as e:
+            if how == 'from': raise ValueError('the batch failed') from e
+            if how == 'none': raise ValueError('the batch failed') from None
+            raise ValueError('the batch failed')
+    assert out_of_memory(error) and all(out_of_memory(raised(lambda: wrapped(how))) for how in ('from', 'none', ''))
+    if sys.version_info >= (3, 11): assert out_of_memory(ExceptionGroup('all', [ValueError('another'), ExceptionGroup('some', [error])]))  # noqa: F821
+
+
+@pytest.mark.parametrize('error', others, ids=lambda e: str(e)[:30])
+def test_errors_that_do_not(error): assert not out_of_memory(error)
+
+
+def test_allocators_of_this_machine():
+    assert all(out_of_memory(raised(f)) for f in (lambda: torch.empty(10**15), lambda: np.zeros((10**9, 10**9)), lambda: torch.empty(2**62, 8)))
+
+
+def test_what_the_caller_was_handling_does_not_count():
+    "`except torch.OutOfMemoryError: learn.max_bs()`"
+    def ragged(): raise ValueError('ragged')
+    def caught():
+        try: ragged()
+        except Exception as e: return out_of_memory(e)
+    try: raise torch.OutOfMemoryError('before')
+    except torch.OutOfMemoryError: assert not caught()
+
+
+@pytest.mark.parametrize('kind', ['cublas', 'cudnn', 'mps', 'cpu', 'index', 'grid', 'worker', 'numpy'])
+def test_all_of_them_are_backed_off_from(kind, capsys):
+    "In `max_bs`, the profile and the sweep"
+    class Limited(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = mlp()
+        def forward(self, x):
+            if self.training and len(x) > 40: raise type(too_large[kind])(*too_large[kind].args)
+            return self.net(x)
+    assert 24 <= quiet(learner(Limited()), lambda learn: learn.max_bs(check=True)) <= 40
+    learn = learner(Limited())
+    learn.bs_find(.1, 200, show_plot=False, profile=2.)
+    assert learn.recorder.bs_fits < 64
+    learn = learner(Limited())
+    was = state(learn)
+    assert set(learn.bs_sweep([16, 64], lrs=[.1], budget=dict(steps=5), n_eval=256, show_plot=False).bs) == {16}
+    assert 'bs=64 does not fit in memory' in capsys.readouterr().out
+    forget(learn)
+    assert changes(was, state(learn)) == []
+
+
+class Only(nn.Module):
+    "A model whose hidden state is made for some batch sizes"
+    def __init__(self, works):
+        super().__init__()
+        self.net,self.works = mlp(),works
+    def forward(self, x):
+        if self.training and not self.works(len(x)): raise RuntimeError(f'Expected hidden size (1, 16, 32), got [1, {len(x)}, 32]')
+        return self.net(x)
+
+
+def only(works, bs=16):
+    learn = learner(Only(works), bs=bs)
+    learn.dls.train.drop_last = True
+    return learn
+
+
+sizes_that_work = [(lambda n: n == 16, 16, 16, 'Only batches of 16 examples work here'), (lambda n: n == 1, 1, 1, 'Only batches of 1 example work here'), (lambda n: n == 3, 3, 3, 'Only batches of 3 examples'),
+                   (lambda n: n <= 64, 16, 64, 'Batches of more than 64 examples fail here'), (lambda n: n <= 40, 16, range(33, 41), 'Batches of more than'), (lambda n: n >= 12, 16, 480, 'Batches of fewer than 16 examples fail')]
+
+
+@pytest.mark.parametrize('check', [None, True])
+@pytest.mark.parametrize('works,bs,most,words', sizes_that_work)
+def test_sizes_that_fail_for_another_reason(works, bs, most, words, check, capsys):
+    learn = only(works, bs)
+    res = learn.max_bs(check=check)
+    said = capsys.readouterr().out
+    assert (res in most if isinstance(most, range) else res == most) and learn.recorder.bs_fits == res
+    assert words in said and 'Expected hidden size' in said and said.count('\n') == 1
+
+
+def test_ragged_items_that_do_not_collate(capsys):
+    items = [(torch.randn(2 + i % 7, 64), torch.tensor(i % 2)) for i in range(120)]
+    learn = Learner(DataLoaders(*(DataLoader(d, bs=1, shuffle=True) for d in (items, items[:20]))), nn.Sequential(nn.Linear(64, 2), nn.AdaptiveAvgPool2d((1, 2)), nn.Flatten()), loss_func=CrossEntropyLossFlat())
+    assert learn.max_bs() == 1
+    assert 'not the same size' in capsys.readouterr().out
+
+
+def test_the_size_in_use_fails_with_the_error_itself():
+    with pytest.raises(RuntimeError, match='Expected hidden size'): quiet(only(lambda n: n == 5), lambda learn: learn.max_bs())

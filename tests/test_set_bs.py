@@ -159,3 +159,35 @@ def test_what_cannot_be_set():
     learn.add_cb(GradientAccumulation(64))
     with pytest.raises(ValueError, match=r'accumulates gradients already, with GradientAccumulation.*learn.remove_cb\(GradientAccumulation\)'): learn.set_bs(32)
     assert learn.dls.bs == 16
+
+
+class ForSixteen(nn.Module):
+    def __init__(self, only=16):
+        super().__init__()
+        self.net,self.only = mlp(),only
+    def forward(self, x): return self.net(x.view(self.only, 64) if self.training else x)
+
+
+@pytest.mark.parametrize('find', [lambda learn: learn.max_bs(), lambda learn: learn.bs_find(.1, 300, show_plot=False)])
+def test_a_model_for_one_batch_size(find, capsys):
+    learn = digits_learner(cbs=Sizes())
+    learn.model,learn.dls.train.drop_last = ForSixteen(),True
+    found = find(learn)
+    assert learn.recorder.bs_fits == 16 and 'Only batches of 16 examples work here' in capsys.readouterr().out
+    if isinstance(found, tuple):
+        assert found.critical == 16 and learn.recorder.bs_table.fits[32] == 'accumulate 2'
+        learn.set_bs(found)
+        quiet_fit(learn)
+    for bs,micros in ((16, 1), (40, 3), (128, 8), (300, 19)):
+        learn.set_bs(bs)
+        assert f'larger ones fail (shape' in capsys.readouterr().out or micros == 1
+        quiet_fit(learn)
+        assert set(learn.sizes.sizes) == {16} and learn.sizes.steps == -(-93//micros)
+    with pytest.raises(ValueError, match='bs=8 does not work here: a batch of fewer than 16 examples fails .* Give 16 or a multiple of it'): learn.set_bs(8)
+    learn.set_bs(8, fits=8)  # whoever knows better
+
+
+def test_one_example(capsys):
+    learn = digits_learner()
+    learn.set_bs(4, fits=1)
+    assert capsys.readouterr().out.startswith('Batches of 1 example, the gradients of 4 accumulated: 4 examples per step')

@@ -1,5 +1,5 @@
 "`bs_sweep` counts right, compares fairly, can be interrupted and resumed, and leaves no footprint"
-import math, signal, time
+import math, signal, threading, time
 from io import StringIO
 
 import numpy as np, pandas as pd, pytest, torch
@@ -315,6 +315,72 @@ def test_a_model_that_changes_its_input():
         learn.dls.train.dataset = [(x.clone(), y) for x,y in learn.dls.train.dataset]
         return sweep(learn, [16], budget=2, lrs=[.05]).loss[0]
     assert loss(InPlace) == pytest.approx(loss(Copies), rel=1e-5)
+
+
+def test_out_of_memory_leaves_nothing_on_the_learner():
+    class Large(Callback):
+        def before_batch(self):
+            if len(self.yb[0]) > 40 and self.training: raise RuntimeError('CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`')
+    learn = plain(cbs=Large())
+    was = state(learn)
+    assert set(sweep(learn, [16, 64], 1., lrs=[.1]).bs) == {16}
+    forget(learn)
+    assert changes(was, state(learn)) == [] and not {'xb', 'yb', 'pred', 'loss'} & set(vars(learn))
+
+
+class ForSixteen(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Linear(64, 10)
+    def forward(self, x): return self.net(x.view(16, 64))
+
+
+def for_sixteen():
+    learn = plain()
+    learn.model = ForSixteen()
+    for dl in learn.dls.loaders: dl.bs,dl.drop_last = 16,True
+    return learn
+
+
+def test_a_model_for_one_batch_size(capsys):
+    learn = for_sixteen()
+    was = state(learn)
+    assert set(sweep(learn, [8, 16, 64], budget=1, lrs=[.1]).bs) == {16}
+    assert 'bs=8, 64 fails here (shape' in capsys.readouterr().out and learn.recorder.bs_sweep_result.unfit.keys() == {8, 64}
+    forget(learn)
+    assert changes(was, state(learn)) == []
+    learn.max_bs()
+    assert set(sweep(learn, [16, 40, 64], budget=1, lrs=[.1]).bs) == {16, 40, 64}  # in pieces of 16
+
+
+def test_items_that_do_not_collate(capsys):
+    items = [(torch.randn(2 + i % 7, 64), torch.tensor(i % 2)) for i in range(60)]
+    model = nn.Sequential(nn.Linear(64, 2), nn.AdaptiveAvgPool2d((1, 2)), nn.Flatten())
+    learn = Learner(DataLoaders(*(DataLoader(items, bs=1) for _ in range(2))), model, loss_func=CrossEntropyLossFlat())
+    assert set(sweep(learn, [1, 4], budget=1, lrs=[.1]).bs) == {1} and 'bs=4 fails here (Error when trying to collate' in capsys.readouterr().out
+
+
+class Locked:
+    "A batch of another library, with a lock, that does not deep-copy"
+    def __init__(self, x): self.x,self.lock = x,threading.Lock()
+    shape = property(lambda self: self.x.shape)
+
+
+def in_a_graph(x): return x.requires_grad_()*1
+
+
+@pytest.mark.parametrize('kind', [Locked, in_a_graph, lambda x: dict(x=x, lock=threading.Lock()), lambda x: [x, threading.Lock()]])
+def test_batches_that_do_not_deep_copy(kind):
+    X,y = digits()
+    def collate(items): return kind(torch.stack([x for x,_ in items])),torch.stack([y for _,y in items])
+    class InPlace(nn.Linear):
+        def forward(self, b):
+            x = b.x if isinstance(b, Locked) else b['x'] if isinstance(b, dict) else b[0] if isinstance(b, list) else b
+            with torch.no_grad(): x.div_(2)
+            return super().forward(x)
+    dls = DataLoaders(*(torch_data.DataLoader(list(zip(X[:200], y[:200])), 8, collate_fn=collate) for _ in range(2)), device='cpu')
+    s = sweep(Learner(dls, InPlace(64, 10), loss_func=CrossEntropyLossFlat()), [8, 16], budget=dict(steps=60), lrs=[1e-9], n_eval=256)
+    assert set(s.bs) == {8, 16} and s.loss[0] == pytest.approx(s.loss[1], rel=1e-4)  # nothing is learned, and the input is the same each time
 
 
 def test_out_of_memory_in_evaluation_is_not_the_batch_size():

@@ -367,7 +367,9 @@ def test_an_error_leaves_the_results_and_nothing_else(error, where):
         def before_backward(self):
             measuring = not any(isinstance(o, Recorder) for o in self.learn.cbs)
             if len(cb.rows) == 4 and measuring == (where == 'measuring'): raise error
-    with pytest.raises((KeyboardInterrupt, RuntimeError)): quiet_fit(learn, 2, [cb, Boom()] + [AccumulateGrads(48)]*(where == 'window'), 'fit', lr=1e-3)
+    goes_on = where == 'measuring' and error is not KeyboardInterrupt
+    with pytest.warns(UserWarning, match=r'measures no more in this training.*RuntimeError: boom') if goes_on else pytest.raises((KeyboardInterrupt, RuntimeError)):
+        quiet_fit(learn, 2, [cb, Boom()] + [AccumulateGrads(48)]*(where == 'window'), 'fit', lr=1e-3)
     assert len(learn.recorder.noise_scale) == 4 and not any(isinstance(o, NoiseScale) for o in learn.cbs) and any(isinstance(o, Recorder) for o in learn.cbs)
     assert not len(learn.metrics) and not any(p._backward_hooks for p in learn.model.parameters())
     quiet_fit(learn, 1)
@@ -482,6 +484,35 @@ def test_memory_that_does_not_suffice_for_the_norms_of_a_window(capsys, monkeypa
     with learn.no_bar(): learn.fit_one_cycle(1, cbs=[AccumulateGrads(48), cb := NoiseScale(share=None)])
     assert len(calls) == 9 and len(learn.recorder.noise_scale) == 2 and cb.out_of_memory and all(map(torch.equal, learn.model.parameters(), other.model.parameters()))
     assert 'until there was not enough memory for more' in capsys.readouterr().out and not any(p._backward_hooks for p in learn.model.parameters())
+
+
+def failing_snapshot(learn, monkeypatch): monkeypatch.setattr(track, 'Snapshot', lambda *args: 1/0)
+def failing_loader(learn, monkeypatch): monkeypatch.setattr(track, 'second_loader', lambda dl: 1/0)
+def failing_item(learn, monkeypatch):
+    monkeypatch.setattr(track, 'second_loader', lambda dl: iter(()))
+def failing_pass(learn, monkeypatch):
+    class Counts(Callback):
+        "Knows the batches of a training only"
+        def after_pred(self): self.learn.recorder.losses if any(isinstance(o, Recorder) for o in self.learn.cbs) else [][0]
+    learn.add_cb(Counts())
+def failing_end(learn, monkeypatch):
+    restore = track.Snapshot.restore
+    def stuck(self):
+        restore(self)
+        raise RuntimeError('stuck')
+    monkeypatch.setattr(track.Snapshot, 'restore', stuck)
+
+
+@pytest.mark.parametrize('kind', [NoiseScale, GrowBatch])
+@pytest.mark.parametrize('fail', [failing_snapshot, failing_loader, failing_item, failing_pass, failing_end])
+def test_a_measurement_that_fails_ends_no_training(fail, kind, monkeypatch, capsys):
+    "And leaves no trace in it"
+    other,learn,cb = quiet_fit(dropout_and_batch_norm(), 2),dropout_and_batch_norm(),often()
+    fail(learn, monkeypatch)
+    with pytest.warns(UserWarning) as said, learn.no_bar(): learn.fit_one_cycle(2, cbs=[cb if kind is NoiseScale else GrowBatch(cb)])
+    assert len([w for w in said if 'measures no more' in str(w.message)]) == 1 and not cb.rows and cb.error
+    assert all(map(torch.equal, learn.model.parameters(), other.model.parameters())) and f'was not measured: {cb.error}' in capsys.readouterr().out
+    assert not any(p._backward_hooks for p in learn.model.parameters())
 
 
 class Clock(Callback):
