@@ -14,7 +14,7 @@ from fastcore.basics import patch
 from fastai.callback.core import Callback, CancelBatchException, CancelStepException, event
 from fastai.callback.training import GradientAccumulation
 from .checks import check_whole
-from .loaders import batch_size, n_examples
+from .loaders import batch_size, how_to_count, n_examples
 
 # %% ../nbs/24_accumulate.ipynb #c81babaa
 class TidyCallback(Callback):
@@ -106,8 +106,7 @@ def _scale(self:AccumulateGrads, w):
 def before_backward(self:AccumulateGrads):
     bs = n_examples(self.learn)
     if not bs:
-        raise ValueError("The examples of a batch cannot be counted, and AccumulateGrads weights them equally: neither its first target "
-                         "nor its first input is a tensor with the examples along its first axis")
+        raise ValueError(f"The examples of a batch cannot be counted, and AccumulateGrads weights them equally: {how_to_count}")
     if self.count: self._scale(self._bs/bs)
     self._bs,self.count = bs,self.count + bs
 

@@ -20,7 +20,7 @@ from fastai.callback.core import TrainEvalCallback, CancelBatchException, Cancel
 from fastai.learner import Learner
 from fastai.torch_core import num_distrib
 from .checks import check_learner, check_lr, check_opt, check_profile, check_whole, suggestion_names
-from .loaders import Passes, batch_size, check_epoch, check_length, len_or_none, n_examples, n_train_examples
+from .loaders import Passes, batch_size, check_epoch, check_length, len_or_none, how_to_count, leaves_out_one, n_examples, n_in_data, n_train_examples
 from .memory import estimate_memory, warm_up
 from .metric import OptMeter
 from .mock import MockCallback, StepClock, in_step, loss_scale, mock_training, set_gradients
@@ -121,7 +121,7 @@ def after_loss(self:BSFinder):
     if not self.spent: self.first_loss = self.learn.loss.detach().mean()
     if not len(self.yb): self._fail("The training loader yields no target: a loss, and its gradient, need one. Give the loader targets, or set dls.n_inp")
     if not n_examples(self.learn):
-        self._fail("The examples of a batch cannot be counted: neither its first target nor its first input is a tensor with the examples along its first axis")
+        self._fail(f"The examples of a batch cannot be counted, as no axis of its tensors is as long as the items are many: {how_to_count}")
 
 # %% ../nbs/50_finder.ipynb #49ac1f8a
 @patch
@@ -270,7 +270,9 @@ def _measure(learn, cb, lr, n_epoch_it, share, least, processes):
         first_loss = processes.agree(float(cb.first_loss), np.mean)
         result = processes.first(cb.result())
         n = processes.first(processes.examples(n_train_examples(learn)))
-        result = result.changed(first_loss=float(first_loss), n=n, lr_given=learn.lr if lr is None else lr)
+        dl = learn.dls.train
+        result = result.changed(first_loss=float(first_loss), n=n, n_data=n_in_data(learn), lr_given=learn.lr if lr is None else lr,
+                                drop_last=bool(getattr(dl, 'drop_last', False)) and not leaves_out_one(dl))
         if not share or not len(result): return result
         return profile_learner(learn, result, cb.step_seconds, max(share*(time.perf_counter() - start), least))
 
@@ -292,6 +294,7 @@ def bs_find(self:Learner,
     profile:bool|float=True, # Time steps at a few batch sizes, and see what fits in memory? A number: the share of the time; `True`: 0.2, or half a second
     *,
     finder:type=BSFinder, # The callback that measures
+    count:Callable|None=None, # Number of examples of a batch, `count(xb, yb)`, from now on, see `count_examples`; `None`: found out
 ) -> tuple: # `SuggestedBS`, a named tuple of batch sizes with the names of `suggest_funcs`; `None` in it where nothing can be said
     "Launch a mock training to find a good batch size; `learn.recorder.bs_result` has all of it. Raises `ValueError` on bad input, before anything is touched"
     with together(self) as processes:
@@ -306,6 +309,7 @@ def bs_find(self:Learner,
         processes.same('bs_find', lr=lr, num_it=num_it, n_batch=n_batch, beta=beta, n_train=n_train, suggest_funcs=names, profile=share,
                        finder=finder.__name__)
         check_epoch(n_epoch_it, n_batch, least, batch_size(self.dls.train))
+        if count is not None: self.count_examples(count)
         cb = in_step(finder, self)(n_epoch_it if num_it is None else num_it, n_batch, beta, n_train)
         shows_bar = processes.rank == 0 and any(isinstance(o, progress.ProgressCallback) for o in self.cbs)
         cb.pbar = bar = progress.progress_bar(range(cb.num_it), leave=False) if shows_bar else None

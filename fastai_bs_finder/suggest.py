@@ -19,8 +19,8 @@ def critical(
     "The noise scale at the end of the mock training: larger batches mostly burn compute, smaller ones mostly cost steps"
     if not len(result): return None
     last = result.in_use.iloc[-1]
-    if last.hi == math.inf: return round_bs(last.lo, result.largest, down=True) if last.lo >= 1 else None
-    return round_bs(last.noise_scale, result.largest) if last.noise > 0 and last.scale > 0 else None
+    if last.hi == math.inf: return round_bs(last.lo, result.largest, True, result.leaves_one) if last.lo >= 1 else None
+    return round_bs(last.noise_scale, result.largest, but=result.leaves_one) if last.noise > 0 and last.scale > 0 else None
 
 def average(
     result:BSResult, # The result of a mock training: `learn.recorder.bs_result`
@@ -28,7 +28,7 @@ def average(
     "The noise scale averaged over the mock training (McCandlish et al. 2018, Table 1 gives it beside the one at the start)"
     known = result.in_use[result.in_use.hi < math.inf]
     if len(known) < max(len(result)/2, 1): return None
-    return round_bs(known.noise_scale.mean(), result.largest)
+    return round_bs(known.noise_scale.mean(), result.largest, but=result.leaves_one)
 
 def quickest(
     result:BSResult, # The result of a mock training: `learn.recorder.bs_result`
@@ -38,7 +38,8 @@ def quickest(
     table = result.table if critical(result) else None
     if table is None: return None
     most = reach*max(result.profile.step_time, default=0)
-    time = table.time[(table.index <= most) & ~table.fits.str.startswith('accumulate')].dropna()
+    taken = (table.index <= most) & ~table.fits.str.startswith('accumulate') & ~table.index.map(result.leaves_one).astype(bool)
+    time = table.time[taken].dropna()
     return int(time.idxmin()) if len(time) else None
 
 def fastest(
