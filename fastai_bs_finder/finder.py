@@ -20,7 +20,8 @@ from fastai.callback.core import TrainEvalCallback, CancelBatchException, Cancel
 from fastai.learner import Learner
 from fastai.torch_core import num_distrib
 from .checks import check_learner, check_lr, check_opt, check_profile, check_whole, suggestion_names
-from .loaders import Passes, batch_size, check_epoch, check_length, len_or_none, how_to_count, leaves_out_one, n_examples, n_in_data, n_train_examples
+from .loaders import Passes, batch_size, check_epoch, check_length, how_to_count, leave_out_one, leaves_out_one, len_or_none
+from .loaders import n_examples, n_in_data, n_train_examples
 from .memory import estimate_memory, warm_up
 from .metric import OptMeter
 from .mock import MockCallback, StepClock, in_step, loss_scale, mock_training, set_gradients
@@ -264,13 +265,14 @@ def _measure(learn, cb, lr, n_epoch_it, share, least, processes):
     with mock_training(learn):
         learn.lr_finder = cb
         check_opt(learn.opt, lr)
+        n = processes.examples(n_train_examples(learn))
+        if leave_out_one(learn.dls.train, learn.model, n and processes.each(n)) and n_epoch_it: n_epoch_it -= 1
         processes.barrier()  # none goes into the fit without the others
         start = time.perf_counter()
         learn.fit(math.ceil(cb.num_it/n_epoch_it) if n_epoch_it else 1, lr, cbs=cb)
         first_loss = processes.agree(float(cb.first_loss), np.mean)
         result = processes.first(cb.result())
-        n = processes.first(processes.examples(n_train_examples(learn)))
-        dl = learn.dls.train
+        n,dl = processes.first(n),learn.dls.train
         result = result.changed(first_loss=float(first_loss), n=n, n_data=n_in_data(learn), lr_given=learn.lr if lr is None else lr,
                                 drop_last=bool(getattr(dl, 'drop_last', False)) and not leaves_out_one(dl))
         if not share or not len(result): return result

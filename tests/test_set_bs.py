@@ -159,3 +159,35 @@ def test_what_cannot_be_set():
     learn.add_cb(GradientAccumulation(64))
     with pytest.raises(ValueError, match=r'accumulates gradients already, with GradientAccumulation.*learn.remove_cb\(GradientAccumulation\)'): learn.set_bs(32)
     assert learn.dls.bs == 16
+
+
+def normalizing(n, bs, kind='PyTorch', width=64, norm=nn.BatchNorm1d(32)):
+    "Digits, `n` of them, and a network with batch-norm"
+    X,y = digits()
+    make = DataLoader if kind == 'fastai' else torch_data.DataLoader
+    dl = make(torch_data.TensorDataset(X[:n], y[:n]), bs, shuffle=True)
+    return Learner(DataLoaders(dl, make(torch_data.TensorDataset(X[-64:], y[-64:]), 64)), nn.Sequential(nn.Linear(64, 32), norm, nn.ReLU(), nn.Linear(32, 10)),
+                   loss_func=nn.functional.cross_entropy)
+
+
+@pytest.mark.parametrize('kind', ('fastai', 'PyTorch'))
+@pytest.mark.parametrize('n,bs,fits', [(1281, 64, None), (1281, 256, 64), (65, 64, None), (1000, 27, None), (97, 96, 32)])  # fastai #970, nncf #379
+def test_a_last_batch_of_one_that_batch_norm_cannot_take_is_left_out(kind, n, bs, fits, capsys):
+    learn = normalizing(n, 50, kind)
+    was,sizes = state(learn),Sizes()
+    learn.set_bs(bs, fits=fits)
+    assert 'the last example of an epoch is left out: batch-norm cannot take a batch of one' in capsys.readouterr().out
+    quiet_fit(learn, 2, [sizes])
+    assert 1 not in sizes.sizes and sum(sizes.sizes) == 2*(n - 1)
+    learn = normalizing(n, 50, kind)
+    was = state(learn)
+    with learn.no_logging(): learn.set_bs(bs, fits=fits).set_bs(50)
+    assert changes(was, state(learn)) == []
+
+
+def test_every_example_is_seen_where_a_batch_of_one_does_no_harm(capsys):
+    for learn in (normalizing(1281, 50, norm=nn.LayerNorm(32)), normalizing(1282, 50)):
+        sizes = Sizes()
+        learn.set_bs(64)
+        quiet_fit(learn, 1, [sizes])
+        assert 'left out' not in capsys.readouterr().out and sum(sizes.sizes) == len(learn.dls.train.dataset)
