@@ -176,7 +176,7 @@ def _untouched(o):
             attrs.clear()
             attrs.update(before)
 
-# %% ../nbs/13_loaders.ipynb #0f98b174
+# %% ../nbs/13_loaders.ipynb #39e04db6
 @singledispatch
 def n_items(
     dl, # A data loader
@@ -187,6 +187,7 @@ def n_items(
     return n if n is not None else len_or_none(getattr(dl, 'dataset', None))
 
 _drawn = WeakKeyDictionary()  # what was counted, by loader
+_endless = 100  # times the data set
 
 def _draws(dl):
     "Number of examples that a `get_idxs` of the user's draws"
@@ -195,8 +196,8 @@ def _draws(dl):
         with _untouched(dl):
             idxs = dl.get_idxs()
             n = len_or_none(idxs)
-            if n is None: n = sum(1 for _ in islice(idxs, 10*(dl.n or 0) + 1))
-        _drawn[dl] = key,n if n <= 10*(dl.n or n) else None
+            if n is None and dl.n: n = sum(1 for _ in islice(idxs, _endless*dl.n))
+        _drawn[dl] = key,None if dl.n and n == _endless*dl.n else n
     return _drawn[dl][1]
 
 @n_items.register
@@ -255,7 +256,7 @@ class Passes(GetAttr):
             self.before_pass()
             for b in self.dl: yield b
 
-# %% ../nbs/13_loaders.ipynb #4af27eb2
+# %% ../nbs/13_loaders.ipynb #c588d23d
 def normalizes_batches(
     model:nn.Module, # The model
 ) -> bool: # Whether it has a batch-norm
@@ -283,8 +284,8 @@ def leave_out_one(
         object.__delattr__(dl, '_leaves_out_one')
     bs = batch_size(dl)
     n = n_items(dl) if n is None else n
-    if model is None or not n or not bs or n <= bs or n % bs != 1 or getattr(dl, 'drop_last', True): return False
-    if not normalizes_batches(model): return False
+    kept = not getattr(vars(dl).get('batch_sampler', dl), 'drop_last', True) if hasattr(dl, '__dict__') else False
+    if model is None or not kept or not n or not 1 < (bs or 0) < n or n % bs != 1 or not normalizes_batches(model): return False
     _set_drop_last(dl, True)
     object.__setattr__(dl, '_leaves_out_one', True)  # on the loader, where a snapshot finds it
     return True

@@ -1,5 +1,5 @@
 "What a loader of any kind collates, how many examples a batch holds, and what an epoch draws"
-import random
+import itertools, random
 from collections import namedtuple
 
 import numpy as np, pytest, torch
@@ -249,6 +249,7 @@ draws = {
     'get_idxs of a class': (lambda: Halves(data, 16, shuffle=True), 100),
     'get_idxs as an argument': (lambda: DataLoader(data, 16, get_idxs=lambda: [3, 1, 4]*7), 21),
     'get_idxs, a generator': (lambda: DataLoader(data, 16, get_idxs=lambda: (i for i in range(33))), 33),
+    'get_idxs without an end': (lambda: DataLoader(data, 16, get_idxs=lambda: itertools.count()), None),
     'the n of a loader': (lambda: DataLoader(data, 16, n=48), 48),
     'PyTorch': (lambda: torch_data.DataLoader(data, 16), 200),
     'RandomSampler, more than there are': (lambda: torch_data.DataLoader(data, 16, sampler=torch_data.RandomSampler(data, True, 500)), 500),
@@ -284,6 +285,15 @@ def test_what_an_epoch_draws_is_the_limit_and_is_said(name, capsys):
     capsys.readouterr()
     learn.set_bs(10)
     assert capsys.readouterr().out == f'Batches of 10 examples, {-(-n//10)} steps per epoch.\n'
+
+
+def test_a_batch_sampler_that_keeps_its_last_batch_is_left_alone():
+    class Own:
+        batch_size = 16
+        def __len__(self): return 2
+        def __iter__(self): return iter([list(range(16)), [16]])
+    dl = torch_data.DataLoader(data[:17], batch_sampler=Own())
+    assert not leave_out_one(dl, nn.BatchNorm1d(3)) and len(list(dl)) == 2
 
 
 @pytest.mark.parametrize('kind', makers)
