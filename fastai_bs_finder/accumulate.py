@@ -14,7 +14,7 @@ from fastcore.basics import patch
 from fastai.callback.core import Callback, CancelBackwardException, CancelBatchException, CancelStepException, event
 from fastai.callback.training import GradientAccumulation
 from .checks import check_whole
-from .loaders import batch_size, loss_inputs, n_examples
+from .loaders import batch_size, how_to_count, loss_inputs, n_examples
 from .losses import BatchLoss
 
 # %% ../nbs/24_accumulate.ipynb #c81babaa
@@ -108,8 +108,7 @@ def _scale(self:AccumulateGrads, w):
 def before_backward(self:AccumulateGrads):
     bs = n_examples(self.learn)
     if not bs:
-        raise ValueError("The examples of a batch cannot be counted, and AccumulateGrads weights them equally: neither its first target "
-                         "nor its first input is a tensor with the examples along its first axis")
+        raise ValueError(f"The examples of a batch cannot be counted, and AccumulateGrads weights them equally: {how_to_count}")
     self.count += bs
     weight = self._weigh()
     if not weight: raise CancelBackwardException  # nothing in it counts, and its gradient is 0/0

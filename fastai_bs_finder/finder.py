@@ -9,6 +9,7 @@ __all__ = ['least_profile', 'BSFinder', 'profile_learner']
 import math, time
 from collections import namedtuple
 from collections.abc import Callable
+from functools import partial
 from numbers import Real
 from statistics import median
 
@@ -20,12 +21,14 @@ from fastai.callback.core import TrainEvalCallback, CancelBatchException, Cancel
 from fastai.learner import Learner
 from fastai.torch_core import num_distrib
 from .checks import check_learner, check_lr, check_opt, check_profile, check_whole, suggestion_names
-from .loaders import Passes, batch_size, check_epoch, check_length, len_or_none, loss_inputs, n_examples, n_train_examples
+from .loaders import Passes, batch_size, check_epoch, check_length, collated, dealt_out, how_to_count, keeps_order, leave_out_one
+from .loaders import leaves_out_one, len_or_none, loss_inputs, n_examples, n_in_data, n_items, n_train_examples, part_of
 from .losses import BatchLoss
 from .memory import estimate_memory, warm_up
 from .metric import OptMeter, normalizes
 from .mock import MockCallback, StepClock, in_step, loss_scale, mock_training, pass_parts, set_gradients
 from .noise import GradSums, NoiseAverage
+from .order import BatchOrder, example_axes
 from .processes import by_itself, processes_of, together
 from .profile import profile_steps
 from .result import BSResult, Run, keep_result, keep_sizes, layer_table
@@ -62,6 +65,7 @@ class BSFinder(MockCallback):
         self.run_facts = dict(num_it=self.num_it, n_batch=self.n_batch, n_train=self.n_train, beta=self.beta, biased=self.biased)
         self.spent,self.seen,self.steps,self.bs,self.error = 0,0,0,0,None
         self.batch_loss,self._weighs,self._weights = BatchLoss(),False,[]
+        self.order_of_batches,self.axes = BatchOrder(),None
         self._left_to_train,self._measuring,self._loss_sum,self._clock = 0,False,0.,StepClock()
         self.first_loss = torch.tensor(math.nan)
 
@@ -85,6 +89,7 @@ def _drop_measurement(self:BSFinder):
 @patch
 def before_batch(self:BSFinder):
     if not self.spent and self.processes.size == 1: pass_parts(self.learn, self.batch_loss)
+    self._note_batch()
     cycle = self.n_train + self.n_batch
     if not self.spent and self.num_it >= 4*cycle and self.n_iter >= cycle: self._left_to_train = self.n_train
     fits = self.n_batch <= min(self.n_iter - self.iter, self.num_it - self.spent)
@@ -92,6 +97,15 @@ def before_batch(self:BSFinder):
     if not self._measuring: return
     self._clear_grads()
     if not self.meter.n_batch: self.begin()
+
+@patch
+def _note_batch(self:BSFinder):
+    "Note what a full batch consists of"
+    batch,n = (self.xb, self.yb),n_examples(self.learn)
+    if self.axes is None:
+        def axes(i): return {f'.{i}{name}': a for name,a in example_axes(batch[i], partial(part_of, self.learn), n).items()}
+        self.axes,self.n_inp,self._full = axes(0) | axes(1),len(self.xb),n
+    if n == self._full: self.order_of_batches.add(batch, self.axes)
 
 @patch
 def begin(self:BSFinder):
@@ -124,7 +138,7 @@ def after_loss(self:BSFinder):
     if not self.spent: self.first_loss = self.learn.loss.detach().mean()
     if not len(self.yb): self._fail("The training loader yields no target: a loss, and its gradient, need one. Give the loader targets, or set dls.n_inp")
     if not n_examples(self.learn):
-        self._fail("The examples of a batch cannot be counted: neither its first target nor its first input is a tensor with the examples along its first axis")
+        self._fail(f"The examples of a batch cannot be counted, as no axis of its tensors is as long as the items are many: {how_to_count}")
     if not self.spent or self._measuring and not self.meter.n_batch: self.batch_loss.look(*loss_inputs(self.learn))
 
 # %% ../nbs/50_finder.ipynb #49ac1f8a
@@ -279,18 +293,32 @@ def profile_learner(
     return result.changed(cut_short=bool(best and best > max(result.profile.step_time)))
 
 # %% ../nbs/50_finder.ipynb #899ef301
+_batches_elsewhere = 8
+
+def _alike(learn, cb, n_epoch_it):
+    "Are the batches of the run more alike than others? One that keeps the order of its data may have seen a part of them only"
+    dl,k = dealt_out(learn.dls.train),_batches_elsewhere
+    if cb.axes and keeps_order(dl) and cb.spent < (n_epoch_it or math.inf) and k*cb.bs <= (n_items(dl) or 0):
+        try: examples = collated(dl, k*cb.bs)
+        except Exception: examples = None  # so many items of this data set make no batch
+        if examples is not None: cb.order_of_batches.add_elsewhere((examples[:cb.n_inp], examples[cb.n_inp:]), cb.axes, k)
+    return cb.order_of_batches.alike()
+
 def _measure(learn, cb, lr, n_epoch_it, share, least, processes):
     "Run the mock training, and put together what it found"
     with mock_training(learn):
         learn.lr_finder = cb
         check_opt(learn.opt, lr)
+        n = processes.examples(n_train_examples(learn))
+        if leave_out_one(learn.dls.train, learn.model, n and processes.each(n)) and n_epoch_it: n_epoch_it -= 1
         processes.barrier()  # none goes into the fit without the others
         start = time.perf_counter()
         learn.fit(math.ceil(cb.num_it/n_epoch_it) if n_epoch_it else 1, lr, cbs=cb)
         first_loss = processes.agree(float(cb.first_loss), np.mean)
-        result = processes.first(cb.result())
-        n = processes.first(processes.examples(n_train_examples(learn)))
-        result = result.changed(first_loss=float(first_loss), n=n, lr_given=learn.lr if lr is None else lr)
+        result = processes.first(cb.result().changed(alike=bool(processes.agree(float(_alike(learn, cb, n_epoch_it)), np.max))))
+        n,dl = processes.first(n),learn.dls.train
+        result = result.changed(first_loss=float(first_loss), n=n, n_data=n_in_data(learn), lr_given=learn.lr if lr is None else lr,
+                                drop_last=bool(getattr(dl, 'drop_last', False)) and not leaves_out_one(dl))
         if not share or not len(result): return result
         return profile_learner(learn, result, cb.step_seconds, max(share*(time.perf_counter() - start), least))
 
@@ -312,6 +340,7 @@ def bs_find(self:Learner,
     profile:bool|float=True, # Time steps at a few batch sizes, and see what fits in memory? A number: the share of the time; `True`: 0.2, or half a second
     *,
     finder:type=BSFinder, # The callback that measures
+    count:Callable|None=None, # Number of examples of a batch, `count(xb, yb)`, from now on, see `count_examples`; `None`: found out
 ) -> tuple: # `SuggestedBS`, a named tuple of batch sizes with the names of `suggest_funcs`; `None` in it where nothing can be said
     "Launch a mock training to find a good batch size; `learn.recorder.bs_result` has all of it. Raises `ValueError` on bad input, before anything is touched"
     with together(self) as processes:
@@ -326,6 +355,7 @@ def bs_find(self:Learner,
         processes.same('bs_find', lr=lr, num_it=num_it, n_batch=n_batch, beta=beta, n_train=n_train, suggest_funcs=names, profile=share,
                        finder=finder.__name__)
         check_epoch(n_epoch_it, n_batch, least, batch_size(self.dls.train))
+        if count is not None: self.count_examples(count)
         cb = in_step(finder, self)(n_epoch_it if num_it is None else num_it, n_batch, beta, n_train)
         shows_bar = processes.rank == 0 and any(isinstance(o, progress.ProgressCallback) for o in self.cbs)
         cb.pbar = bar = progress.progress_bar(range(cb.num_it), leave=False) if shows_bar else None

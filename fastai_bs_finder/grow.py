@@ -16,7 +16,8 @@ from fastai.learner import ValueMetric
 from fastcore.foundation import L
 from .accumulate import AccumulateGrads, AsideCallback, micro_bs
 from .checks import check_whole
-from .loaders import batch_size, check_settable, follow_at_once, follow_no_more, len_or_none, n_examples, n_train_examples, rebatch
+from .loaders import batch_size, check_settable, follow_at_once, follow_no_more, leave_out_one, leaves_out_one, len_or_none, n_examples
+from .loaders import n_train_examples, normalizes_batches, rebatch
 from .predict import scale_lr
 from .processes import is_distributed
 from .result import noise_in_use
@@ -79,7 +80,8 @@ def before_train(self:GrowBatch):
     self._restore_lr()
     self._fit_loader()
     self.learn.dl = dl = self.dls.train
-    self._at_once = follow_at_once(dl)
+    self._at_once = follow_at_once(dl, self._least)
+    leave_out_one(dl, None if self._at_once else self.learn.model)
     self._in_epoch,self._per_epoch = 0,min(n_train_examples(self.learn) or math.inf, (len_or_none(dl) or 0)*batch_size(dl))
 
 @patch
@@ -96,7 +98,8 @@ def _begin(self:GrowBatch):
                          "distrib_ctx")
     dl = self.dls.train
     check_settable(dl)
-    self._start = dl,batch_size(dl),self._window.n_acc
+    self._start,self._left_one = (dl, batch_size(dl), self._window.n_acc),leaves_out_one(dl)
+    self._least = 2 if normalizes_batches(self.learn.model) else 1
     self.bs,self._factor,self._seen = max(self._start[1:]),1.,0
     self._window.n_acc = self.bs
     self._fits = self.fits or (self._start[1] if self._start[2] > self._start[1] else known_fits(self.learn))
@@ -117,6 +120,7 @@ def tidy(self:GrowBatch):
     (dl,bs,self._window.n_acc),self._start = self._start,None
     follow_no_more(dl)
     if batch_size(dl) != bs: rebatch(dl, bs)
+    leave_out_one(dl, self.learn.model if self._left_one else None)
     self.dls.loaders[0] = dl
 
 # %% ../nbs/51_grow.ipynb #3648120f
@@ -131,8 +135,8 @@ def _grow_loader(self:GrowBatch):
     dl = self.dls.train
     if not self._at_once: return
     self._fit_loader()
-    left = (self._per_epoch - self._in_epoch)/dl.bs
-    self.learn.n_iter = self.iter + 1 + max(int(left) if dl.drop_last else math.ceil(left), 0)
+    full,rest = divmod(max(self._per_epoch - self._in_epoch, 0), dl.bs)
+    self.learn.n_iter = self.iter + 1 + full + (not dl.drop_last and rest >= min(self._least, dl.bs))
 
 # %% ../nbs/51_grow.ipynb #ea3daac8
 @patch

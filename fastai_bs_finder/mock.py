@@ -21,7 +21,7 @@ from fastai.callback.fp16 import MixedPrecision, NonNativeMixedPrecision
 from fastai.callback.training import GradientAccumulation
 from fastai.learner import AvgSmoothLoss, Learner
 from fastai.torch_core import to_detach
-from .loaders import Passes, draw_few, len_or_none, n_examples, part_of, rebatch
+from .loaders import Passes, draw_few, leave_out_one, len_or_none, n_examples, n_train_examples, part_of, rebatch
 from .losses import BatchLoss
 from .noise import GradSums
 from .processes import Processes, before_broadcast, is_distributed, processes_of, trainers
@@ -149,6 +149,8 @@ def run_steps(
 ) -> TimedSteps: # With the `seconds` and `sizes` of the steps
     "Train at learning rate 0 with batches of `bs`: as much work as any step, and the weights stay"
     if bs is not None and (dl := rebatch(learn.dls.train, bs)) is not learn.dls.train: learn.dls.loaders[0] = dl
+    n = processes_of(learn).examples(n_train_examples(learn))
+    leave_out_one(learn.dls.train, learn.model, n and processes_of(learn).each(n))
     draw_few(learn.dls.train)
     cb,snapshot = in_step(TimedSteps, learn)(enough),Snapshot(learn, [learn.dls, *learn.dls.loaders, learn.model, learn.opt])
     try: learn.fit(10**9, 0., cbs=cb)

@@ -8,7 +8,7 @@ __all__ = ['exponents', 'rel_steps', 'rel_examples', 'noiseless_mean', 'scale_lr
 
 # %% ../nbs/11_predict.ipynb #a4fdd636
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from numbers import Real
 
 import numpy as np
@@ -92,11 +92,13 @@ def round_bs(
     x:float, # A batch size, in examples
     n:int|None=None, # Size of the training set: never suggest more; `None`: no limit
     down:bool=False, # Take the next one below instead of the nearest?
+    but:Callable|None=None, # Sizes to pass over: called with one
 ) -> int: # The nearest 2ⁿ or 3·2ⁿ on a log scale, 1 or more
     "Round a batch size to 2ⁿ or 3·2ⁿ"
     x = min(max(x, 1), n or math.inf)
     limit = x if down else n or math.inf
-    return min(sizes_between(1, min(2*x, limit)), key=lambda c: abs(math.log(c/x)))
+    sizes = sizes_between(1, min(2*x, limit))
+    return min([c for c in sizes if not but or not but(c)] or sizes, key=lambda c: abs(math.log(c/x)))
 
 # %% ../nbs/11_predict.ipynb #55e427ec
 class StepTime:

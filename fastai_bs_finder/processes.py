@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from fastai.learner import Learner
 from fastai.torch_core import num_distrib
 from .interrupt import CtrlC
-from .loaders import rebatch
+from .loaders import n_items, rebatch
 
 # %% ../nbs/23_processes.ipynb #803468be
 def n_connected(
@@ -236,7 +236,7 @@ class SeveralProcesses(Processes):
         "Number of batches in `fit`, where `distrib_ctx` deals out the data"
         if not self._deal: return len(dl)
         dl = dealt_by(dl)
-        n,bs = getattr(dl, 'n', None),getattr(dl, 'bs', None)
+        n,bs = n_items(dl),getattr(dl, 'bs', None)
         if not n or not bs: return self.each(len(dl))
         return self.each(n)//bs if getattr(dl, 'drop_last', False) else -(-self.each(n)//bs)
 

@@ -75,7 +75,9 @@ class Result:
 class Run:
     "How the measurements of a mock training were taken"
     bs:int = 0 # Batch size in use, of all processes together
-    n:int|None = None # Number of examples in the training set; `None`: not known
+    n:int|None = None # Number of examples that an epoch draws; `None`: not known
+    n_data:int|None = None # Number of examples in the training set; `None`: not known
+    drop_last:bool = False # Does an epoch leave out what is less than a batch?
     lr:float = math.nan # Learning rate at the first measurement, of the last parameter group
     lr_given:float|slice|list|None = None # Learning rate of the mock training, as `fit` takes it; `None`: `lr`
     opt:str = 'sgd' # How the learning rate follows the batch size, see `scale_lr`
@@ -188,6 +190,15 @@ class BSResult(Result):
     def largest(self) -> int|None:
         "The largest batch size there is data and memory for; `None` where neither is known"
         return min((v for v in (self.run.n, self.profile.max_bs) if v), default=None)
+
+    def leaves_one(self,
+        bs:int, # A batch size, of all processes together
+    ) -> bool: # Whether it would
+        "Would an epoch end with a batch of one, which batch-norm cannot take?"
+        run = self.run
+        if not run.n or not run.batch_norm or run.drop_last: return False
+        n,own = -(-run.n//run.processes),-(-bs//run.processes)
+        return 1 < own < n and n % own == 1
 
     @property
     def advised(self) -> int|None:

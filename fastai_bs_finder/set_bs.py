@@ -14,10 +14,10 @@ from fastai.callback.training import GradientAccumulation
 from fastai.learner import Learner
 from .accumulate import AccumulateGrads, TidyCallback, examples_per_step, micro_bs
 from .checks import check_whole
-from .loaders import batch_size, check_settable, len_or_none, n_train_examples, rebatch
+from .loaders import batch_size, check_settable, leave_out_one, leaves_out_one, len_or_none, n_in_data, n_train_examples, rebatch
 from .processes import processes_of, unwrap
 from .result import BSResult, advised_bs, least_and_why
-from .words import say, set_bs_summary
+from .words import as_epoch, say, set_bs_summary
 
 # %% ../nbs/42_set_bs.ipynb #ae7019c4
 def known_fits(
@@ -38,11 +38,13 @@ def _chosen(bs):
     return advised
 
 def _what_was_done(learn, processes, bs, micro, before, unfit):
-    dl,n,n_it = learn.dls.train,n_train_examples(learn),len_or_none(learn.dls.train)
+    dl,n = learn.dls.train,n_train_examples(learn)
+    n_it = min(processes.batches(dl), math.ceil(processes.each(processes.examples(n))/micro) if n else math.inf) if len_or_none(dl) else None
     result = getattr(getattr(learn, 'recorder', None), 'bs_result', None)
-    row = result.at_bs(bs) if result is not None and result.bs_in_use == before != bs else None
+    advises = result is not None and result.bs_in_use == before != bs and result.run.lr != 0
     left = processes.each(n) % micro*processes.size if n and getattr(dl, 'drop_last', False) else 0
-    return set_bs_summary(micro, math.ceil(processes.each(bs)/micro), processes.size, n_it and processes.batches(dl), left, n, row, unfit)
+    return set_bs_summary(micro, math.ceil(processes.each(bs)/micro), processes.size, n_it, left, n, result.at_bs(bs) if advises else None, unfit,
+                          leaves_out_one(dl))
 
 # %% ../nbs/42_set_bs.ipynb #e03b22e8
 _follows = WeakKeyDictionary()  # which loaders of a `DataLoaders` go along with the training loader
@@ -65,7 +67,8 @@ def set_bs(self:Learner,
         raise ValueError(f"bs={bs} does not work here: a batch of fewer than {least*processes.size} examples fails ({unfit}). Give "
                          f"{least*processes.size} or a multiple of it")
     micro = micro_bs(own, fits and max(fits//processes.size, 1), least)
-    if n is not None and bs > n: raise ValueError(f"bs={bs} is more than the {n:,} examples of the training set: give {n} or less")
+    check_settable(self.dls.train)
+    if n is not None and bs > n: raise ValueError(f"bs={bs} is more than {as_epoch(n, n_in_data(self))}: give {n} or less")
     if foreign := [o for o in self.cbs if isinstance(o, GradientAccumulation) and not isinstance(o, AccumulateGrads)]:
         raise ValueError(f"The learner accumulates gradients already, with {foreign[0]!r}: take it off first, "
                          f"learn.remove_cb({type(foreign[0]).__name__}); set_bs accumulates itself where it has to")
@@ -78,6 +81,7 @@ def set_bs(self:Learner,
         if yes: check_settable(dl)
     _follows[self.dls],before = follows,examples_per_step(self)*processes.size
     self.dls.loaders[:] = [rebatch(dl, micro) if yes else dl for dl,yes in zip(self.dls.loaders, follows)]
+    leave_out_one(self.dls.train, self.model, n and processes.each(n))
     for o in [o for o in self.cbs if isinstance(o, AccumulateGrads)]:
         if o.stays: o.n_acc = own if micro < own else 1
         else: self.remove_cb(o)

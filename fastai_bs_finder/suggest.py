@@ -13,7 +13,11 @@ from .predict import round_bs
 from .result import BSResult
 
 # %% ../nbs/31_suggest.ipynb #362765d6
-def _that_works(bs, result): return max(bs, result.profile.min_bs or 1)
+def _works(result, bs): return bs >= (result.profile.min_bs or 1) and not result.leaves_one(bs)
+
+def _rounded(result, x, down=False):
+    "A round batch size that works"
+    return max(round_bs(x, result.largest, down, lambda bs: not _works(result, bs)), result.profile.min_bs or 1)
 
 def critical(
     result:BSResult, # The result of a mock training: `learn.recorder.bs_result`
@@ -21,8 +25,8 @@ def critical(
     "The noise scale at the end of the mock training: larger batches mostly burn compute, smaller ones mostly cost steps"
     if not len(result) or result.hindrance: return None
     last = result.in_use.iloc[-1]
-    if last.hi == math.inf: return _that_works(round_bs(last.lo, result.largest, down=True), result) if last.lo >= 1 else None
-    return _that_works(round_bs(last.noise_scale, result.largest), result) if last.noise > 0 and last.scale > 0 else None
+    if last.hi == math.inf: return _rounded(result, last.lo, down=True) if last.lo >= 1 else None
+    return _rounded(result, last.noise_scale) if last.noise > 0 and last.scale > 0 else None
 
 def average(
     result:BSResult, # The result of a mock training: `learn.recorder.bs_result`
@@ -30,7 +34,7 @@ def average(
     "The noise scale averaged over the mock training (McCandlish et al. 2018, Table 1 gives it beside the one at the start)"
     known = result.in_use[result.in_use.hi < math.inf]
     if len(known) < max(len(result)/2, 1) or result.hindrance: return None
-    return _that_works(round_bs(known.noise_scale.mean(), result.largest), result)
+    return _rounded(result, known.noise_scale.mean())
 
 def quickest(
     result:BSResult, # The result of a mock training: `learn.recorder.bs_result`
@@ -40,7 +44,8 @@ def quickest(
     table = result.table if critical(result) else None
     if table is None: return None
     most = reach*max(result.profile.step_time, default=0)
-    time = table.time[(table.index >= _that_works(1, result)) & (table.index <= most) & ~table.fits.str.startswith('accumulate')].dropna()
+    works = [_works(result, bs) for bs in table.index]
+    time = table.time[works & (table.index <= most) & ~table.fits.str.startswith('accumulate')].dropna()
     return int(time.idxmin()) if len(time) else None
 
 def fastest(

@@ -23,7 +23,8 @@ from fastai.learner import Learner
 from fastai.torch_core import set_seed, to_cpu
 from .accumulate import AccumulateGrads, examples_per_step, micro_bs
 from .checks import check_learner, check_lr, check_opt, check_whole
-from .loaders import Passes, batch_size, check_empty, check_settable, len_or_none, n_examples, n_train_examples, rebatch, second_loader
+from .loaders import Passes, batch_size, check_empty, check_settable, leave_out_one, len_or_none, n_examples, n_in_data
+from .loaders import n_train_examples, rebatch, second_loader
 from .metric import normalizes
 from .mock import in_a_line, mock_training, out_of_memory, run_steps, synchronize
 from .predict import fit_steps, scale_lr, sizes_between
@@ -31,7 +32,7 @@ from .processes import is_distributed
 from .result import SweepResult, keep_result, least_and_why
 from .set_bs import known_fits
 from .snapshot import Snapshot, training_tensors
-from .words import as_lr, say, sweep_summary
+from .words import as_epoch, as_lr, say, sweep_summary
 import fastai_bs_finder.plot
 
 # %% ../nbs/52_sweep.ipynb #73760c8a
@@ -232,6 +233,7 @@ def train(self:_Sweep, bs, lr, most=math.inf):
         micro = self._micro_bs(bs)
         self.learn.remove_cbs(L(o for o in self.learn.cbs if isinstance(o, ParamScheduler)))
         self.learn.dls.loaders[0] = rebatch(self.learn.dls.train, micro)
+        leave_out_one(self.learn.dls.train, self.learn.model)
         check_empty(self.learn.dls.train)
         self.learn.fit(10**9, lr, cbs=[run] + [AccumulateGrads(bs)]*(micro < bs))
     values = dict.fromkeys(['loss', *_known_monitors(self.learn)], math.nan) | run.best
@@ -355,7 +357,7 @@ def _check_budget(budget, n):
                          "seconds, such as budget=dict(steps=1000)")
     return budget
 
-def _check_sizes(bss, n):
+def _check_sizes(bss, n, n_data):
     if bss is None:
         if n is None:
             raise ValueError("bss=None takes sizes around the root of the number of training examples, and the training loader does not "
@@ -367,7 +369,7 @@ def _check_sizes(bss, n):
     if not bss: raise ValueError("bss is empty: give a list of batch sizes, or None")
     for bs in bss:
         check_whole('a batch size in bss', bs, 1)
-        if n is not None and bs > n: raise ValueError(f"bss has {bs}, more than the {n:,} examples of the training set")
+        if n is not None and bs > n: raise ValueError(f"bss has {bs}, more than {as_epoch(n, n_data)}")
     return sorted({int(bs) for bs in bss})
 
 def _check_resume(resume, monitor, target):
@@ -438,7 +440,7 @@ def bs_sweep(self:Learner,
         raise ValueError("The learner's Recorder has valid_metrics=False, and the sweep reads the losses from it: set "
                          "learn.recorder.valid_metrics = True")
     n = n_train_examples(self)
-    bss,budget = _check_sizes(bss, n),_check_budget(budget, n)
+    bss,budget = _check_sizes(bss, n, n_in_data(self)),_check_budget(budget, n)
     lrs,lr = None if lrs is None else [check_lr(v) for v in ([lrs] if isinstance(lrs, (Real, slice)) else lrs)],check_lr(self.lr if lr is None else lr)
     if lrs is not None and (not lrs or None in lrs):
         raise ValueError("lrs has no learning rate, or None in it: give a list of them, or lrs=None")

@@ -4,7 +4,7 @@ import math
 import pandas as pd, pytest, torch
 from torch import nn
 from torch.utils import data as torch_data
-from fastai.basics import Callback, CrossEntropyLossFlat, Learner, SGD, set_seed
+from fastai.basics import Callback, CrossEntropyLossFlat, DataLoader, DataLoaders, Learner, SGD, set_seed
 from fastai.callback.schedule import ParamScheduler
 from fastai.callback.training import GradientAccumulation, ShortEpochCallback
 
@@ -17,6 +17,7 @@ from fastai_bs_finder.set_bs import *
 from fastai_bs_finder.loaders import n_examples
 from fastai_bs_finder.track import NoiseScale
 from footprint import changes, state
+from learners import digits
 
 
 class Says(NoiseScale):
@@ -223,3 +224,16 @@ def test_loaders_that_are_added_later_stay():
     learn.dls.loaders.append(learn.dls.valid.new(bs=7))
     learn.set_bs(64)
     assert [dl.bs for dl in learn.dls.loaders] == [64, 64, 7]
+
+
+@pytest.mark.parametrize('make', (DataLoader, torch_data.DataLoader))
+@pytest.mark.parametrize('n,bs', [(1281, 32), (193, 24), (161, 8)])
+def test_no_batch_of_one_for_a_batch_norm(make, n, bs):
+    "Neither at the size it begins with, nor at those it grows to, within an epoch or after it; and the loader is as it was"
+    X,y = digits()
+    dl = make(torch_data.TensorDataset(X[:n], y[:n]), bs, shuffle=True)
+    learn = Learner(DataLoaders(dl, dl), nn.Sequential(nn.Linear(64, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 10)), loss_func=CrossEntropyLossFlat(), opt_func=SGD)
+    watch,was = Watch(),dl.drop_last
+    fit(learn, 4, [GrowBatch(Says((1e4, 2e4), (1e4, 2e4), every=5)), watch], lr=.1)
+    assert 1 not in watch.sizes and max(watch.sizes) == 4*bs and sum(watch.sizes) >= 4*(n - 1)
+    assert dl.drop_last == was and len(dl) == -(-n//bs) and not [k for k in vars(dl) if 'leaves' in k]

@@ -13,7 +13,7 @@ from fastai_bs_finder.memory import *
 from fastai_bs_finder.set_bs import *
 from fastai_bs_finder.loaders import batch_size, n_examples, n_train_examples
 from fastai_bs_finder.demo import digits_learner
-from footprint import changes, state
+from footprint import changes, forget, state
 from learners import Learner, applications, digits, loaders, maker, mlp, nn
 
 
@@ -191,3 +191,63 @@ def test_one_example(capsys):
     learn = digits_learner()
     learn.set_bs(4, fits=1)
     assert capsys.readouterr().out.startswith('Batches of 1 example, the gradients of 4 accumulated: 4 examples per step')
+
+
+def normalizing(n, bs, kind='PyTorch', width=64, norm=nn.BatchNorm1d(32)):
+    "Digits, `n` of them, and a network with batch-norm"
+    X,y = digits()
+    make = DataLoader if kind == 'fastai' else torch_data.DataLoader
+    dl = make(torch_data.TensorDataset(X[:n], y[:n]), bs, shuffle=True)
+    return Learner(DataLoaders(dl, make(torch_data.TensorDataset(X[-64:], y[-64:]), 64)), nn.Sequential(nn.Linear(64, 32), norm, nn.ReLU(), nn.Linear(32, 10)),
+                   loss_func=nn.functional.cross_entropy)
+
+
+@pytest.mark.parametrize('kind', ('fastai', 'PyTorch'))
+@pytest.mark.parametrize('n,bs,fits', [(1281, 64, None), (1281, 256, 64), (65, 64, None), (1000, 27, None), (97, 96, 32)])  # fastai #970, nncf #379
+def test_a_last_batch_of_one_that_batch_norm_cannot_take_is_left_out(kind, n, bs, fits, capsys):
+    learn = normalizing(n, 50, kind)
+    was,sizes = state(learn),Sizes()
+    learn.set_bs(bs, fits=fits)
+    assert 'the last example of an epoch is left out: batch-norm cannot take a batch of one' in capsys.readouterr().out
+    quiet_fit(learn, 2, [sizes])
+    assert 1 not in sizes.sizes and sum(sizes.sizes) == 2*(n - 1)
+    learn = normalizing(n, 50, kind)
+    was = state(learn)
+    with learn.no_logging(): learn.set_bs(bs, fits=fits).set_bs(50)
+    assert changes(was, state(learn)) == []
+
+
+def test_every_example_is_seen_where_a_batch_of_one_does_no_harm(capsys):
+    for learn in (normalizing(1281, 50, norm=nn.LayerNorm(32)), normalizing(1282, 50)):
+        sizes = Sizes()
+        learn.set_bs(64)
+        quiet_fit(learn, 1, [sizes])
+        assert 'left out' not in capsys.readouterr().out and sum(sizes.sizes) == len(learn.dls.train.dataset)
+
+
+@pytest.mark.parametrize('bs', (50, 64))  # with 64, the learner's own fit would fail
+def test_what_is_suggested_for_a_batch_norm_can_be_trained_with(bs):
+    learn = normalizing(1281, bs)
+    with learn.no_bar(), learn.no_logging():
+        was = state(learn)
+        sug = learn.bs_find(.1, num_it=100, show_plot=False)
+        result = learn.recorder.bs_result
+        assert not result.profile.trouble and result.run.stopped == ''
+        forget(learn)
+        assert changes(was, state(learn)) == []
+        assert not any(result.leaves_one(b) for b in sug if b)
+        learn.set_bs(sug)
+    quiet_fit(learn)
+
+
+def test_a_step_of_time_first_batches():
+    "600 sequences, T × batch: 5 steps of 128, accumulated or not"
+    seqs = [(torch.ones(12, 3),)*2 for _ in range(600)]
+    dl = torch_data.DataLoader(seqs, 32, shuffle=True, drop_last=True, collate_fn=lambda b: tuple(torch.stack(o, 1) for o in zip(*b)))
+    learn = Learner(DataLoaders(dl, dl), nn.Linear(3, 3), loss_func=nn.functional.mse_loss)
+    assert learn.max_bs() == 600
+    for fits in (32, None):
+        sizes = Sizes()
+        with learn.no_logging(): learn.set_bs(128, fits=fits)
+        quiet_fit(learn, 1, [sizes])
+        assert set(sizes.sizes) == {fits or 128} and sizes.steps == (5 if fits else 4)

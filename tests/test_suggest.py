@@ -42,3 +42,21 @@ def test_average():
     assert average(result((50, 40, inf), (100, 80, 130), (200, 150, 300))) == 128     # the mean of 100 and 200, rounded: 150
     assert average(result((50, 40, inf), (100, 80, inf), (200, 150, 300))) is None
     assert average(result()) is None
+
+
+@pytest.mark.parametrize('n,drop_last,batch_norm,sizes', [(1281, False, True, (192, 192)), (1281, True, True, (256, 256)), (1281, False, False, (256, 256)),
+                                                          (1280, False, True, (256, 256)), (1025, False, True, (192, 192))])
+def test_a_size_that_leaves_a_batch_of_one_is_passed_over(n, drop_last, batch_norm, sizes):
+    "Only where there is a batch-norm, and the loader does not leave that batch out"
+    r = result(*[(230, 220, 240)]*3, n=n, step_time={50: 1e-3, 256: 1.001e-3, 1024: 1e-2}).changed(drop_last=drop_last, batch_norm=batch_norm)
+    assert (critical(r), average(r)) == sizes
+    assert r.leaves_one(128) == (sizes[0] != 256) and not r.leaves_one(n) and not r.leaves_one(1)
+    assert n % fastest(r) != 1 or sizes[0] == 256
+
+
+@given(n=st.integers(2, 5000), processes=st.integers(1, 4), bs=st.integers(1, 5000))
+def test_which_size_leaves_one(n, processes, bs):
+    "What is left of the share of a process, in batches of its own"
+    r = result((50, 40, 60), n=n).changed(batch_norm=True, processes=processes)
+    share,own = -(-n//processes),-(-bs//processes)
+    assert r.leaves_one(bs) == (1 < own < share and len(range(share)[share//own*own:]) == 1)

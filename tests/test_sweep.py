@@ -502,3 +502,17 @@ def test_mnist(mnist):
     print(found.fit, noise_scale, found)
     for b in sizes: assert 1/1.25 < top.steps[b]/(66*(1 + 154/b)) < 1.25, b
     assert 1/2 < found.fit['critical']/noise_scale < 2
+
+
+@pytest.mark.parametrize('n,sizes', [(1281, [50, 64, 128]), (129, [16, 32, 100]), (65, [8, 64])])
+def test_no_batch_of_one_for_a_batch_norm(n, sizes):
+    X,y = digits()
+    def loader(sl): return torch_data.DataLoader(torch_data.TensorDataset(X[sl], y[sl]), sizes[0], shuffle=True)
+    learn = Learner(DataLoaders(loader(slice(n)), loader(slice(n, n + 64))), nn.Sequential(nn.Linear(64, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 10)),
+                    loss_func=CrossEntropyLossFlat(), opt_func=SGD)
+    with learn.no_bar(), learn.no_logging():
+        was = state(learn)
+        found = learn.bs_sweep(sizes, lrs=[.1], budget=1, show_plot=False)
+        forget(learn)
+        assert changes(was, state(learn)) == []
+    assert list(found.bs) == sizes and (found.examples >= n - 1).all()
