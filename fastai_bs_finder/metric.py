@@ -18,7 +18,7 @@ from .noise import GradSums, Noise, NoiseAverage
 
 # %% ../nbs/20_metric.ipynb #26b10e4a
 def _second_moment(state, hyper):
-    "What the step is divided by: `v̂`'s state, its debiasing factor, eps, and whether the root is taken; `None` where the optimizer keeps none (yet)"
+    "What the step is divided by: `v̂`'s state, its debiasing factor, eps, whether the root is taken; `None` where there is none (yet)"
     names = 'max_exp_avg_sq', 'exp_avg_sq', 'sqr_avg', 'square_avg', 'sum', 'exp_inf'  # those that fastai and PyTorch give it
     key = next((k for k in names if isinstance(state.get(k), torch.Tensor)), None)
     if key is None: return
@@ -91,7 +91,7 @@ def _is_opt(o): return all(hasattr(type(o), k) for k in ('step', 'zero_grad')) a
 def _twin(opt, memo, stateless):
     "A copy of an optimizer, and of those that it wraps, for the parameters that `memo` has in place of its own"
     twin = memo[id(opt)] = object.__new__(type(opt))
-    attrs = {k:v for k,v in vars(opt).items() if not (callable(v) and hasattr(type(opt), k))}  # a scheduler's `step` would step the real one
+    attrs = {k:v for k,v in vars(opt).items() if not (callable(v) and hasattr(type(opt), k))}  # a scheduler's `step` is bound
     for k,v in attrs.items():
         if k == 'state' and stateless: memo[id(v)] = defaultdict(dict)
         if k.endswith('_hooks'): memo[id(v)] = OrderedDict()
@@ -185,14 +185,14 @@ def _power(opt, most, dtype, device, sparse):
     return float((powers*weights)[known].sum()/weights[known].sum())
 
 # %% ../nbs/20_metric.ipynb #1d420d06
-_proportional,_whole = .75,2**21  # the least power that counts as proportional to the gradient; the most numbers in parameters that are copied whole
+_proportional,_whole = .75,2**21  # the least power that counts as proportional; the most numbers to copy whole
 
 def normalizes(
     opt:Optimizer|OptimWrapper|torch.optim.Optimizer, # The optimizer; neither it nor its parameters are changed
 ) -> bool: # `True`: the square-root rule for the learning rate, `opt='adam'` in `scale_lr`; `False`: the linear rule, `opt='sgd'`
     "Does the optimizer's step keep its length where the gradients grow? Found by an experiment on a copy of it"
     if isinstance(opt, torch.optim.Optimizer): opt = OptimWrapper(opt=opt)
-    ways = [(4, torch.float64, 'cpu', False), (4, torch.float32, None, False), (4, torch.float32, None, True)]  # no device: the parameters' own
+    ways = [(4, torch.float64, 'cpu', False), (4, torch.float32, None, False), (4, torch.float32, None, True)]  # `None`: the parameters' own
     if sum(p.numel() for ps in opt.param_lists for p in ps) <= _whole: ways.append((math.inf, torch.float32, None, False))
     for way in ways:
         try: power = _power(opt, *way)
