@@ -75,7 +75,7 @@ class _StepBytes(Callback):
     def after_batch(self): self.reset()
 
     def measure(self, learn, bs):
-        "The batch size that the loader really gives, and bytes: infinitely many where they are more than there are, NaN where another than `in_use` fails"
+        "The batch size that the loader really gives, and bytes: infinitely many where they do not fit, NaN where a size but `in_use` fails"
         self.high = 0
         try:
             with learn.added_cbs(self), self.counting: steps = run_steps(learn, bs, lambda seconds: len(seconds) >= 2)

@@ -294,7 +294,7 @@ def _undo_grad(t, requires_grad, grad):
 
 @patch
 def restore(self:Snapshot):
-    "Put everything back; may be called more than once. What cannot be put back holds up nothing else: its error is raised at the end, that of a tensor warned about"
+    "Put everything back; may be called more than once. What cannot be put back holds up nothing else: a tensor is warned about, else it is raised at the end"
     errors = []
     with torch.no_grad(), _plainly():
         for undo in [partial(self._end_workers, sys.exc_info()[1]), *reversed(self._undo), *(partial(_undo_grad, *o) for o in self._tensors)]:

@@ -125,13 +125,13 @@ def _noise_scale(result):
             why = ("that is what stepping after every batch does to it" if run.biased else
                    "either the training set is fitted and no gradient is left, or its batches are not drawn at random (shuffle the loader)")
             return f"The noise scale cannot be told: |G|² came out negative, and not by chance; {why}."
-        what = f'about {as_number(last.noise_scale)} examples' if last.scale > 0 else 'not known yet'
+        what = f'about {as_examples(as_number(last.noise_scale))}' if last.scale > 0 else 'not known yet'
         return f"The noise scale is {what}, {where}. {_too_few(run, n)}."
     if last.hi < math.inf:
-        return (f"The noise scale is {as_number(last.noise_scale)} examples (95% interval {as_number(last.lo)} to {as_number(last.hi)}), "
+        return (f"The noise scale is {as_examples(as_number(last.noise_scale))} (95% interval {as_number(last.lo)} to {as_number(last.hi)}), "
                 f"{where}.")
     if last.lo >= 1:
-        return (f"The noise scale is at least {as_number(last.lo)} examples (95% sure), {where}. Where it ends these batches cannot tell: "
+        return (f"The noise scale is at least {as_examples(as_number(last.lo))} (95% sure), {where}. Where it ends these batches cannot tell: "
                 f"{_more(result)}.")
     return f"The noise scale cannot be told yet: in these batches the gradient drowns in its noise. To learn more, {_more(result)}."
 
