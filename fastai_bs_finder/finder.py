@@ -316,9 +316,10 @@ def _measure(learn, cb, lr, n_epoch_it, share, least, processes):
         learn.fit(math.ceil(cb.num_it/n_epoch_it) if n_epoch_it else 1, lr, cbs=cb)
         first_loss = processes.agree(float(cb.first_loss), np.mean)
         result = processes.first(cb.result().changed(alike=bool(processes.agree(float(_alike(learn, cb, n_epoch_it)), np.max))))
-        n,dl = processes.first(n),learn.dls.train
-        result = result.changed(first_loss=float(first_loss), n=n, n_data=n_in_data(learn), lr_given=learn.lr if lr is None else lr,
-                                drop_last=bool(getattr(dl, 'drop_last', False)) and not leaves_out_one(dl))
+        dl = learn.dls.train
+        drop_last = bool(getattr(dl, 'drop_last', False)) and not leaves_out_one(dl)
+        n,n_data,drop_last = processes.first((n, processes.examples(n_in_data(learn)), drop_last))
+        result = result.changed(first_loss=float(first_loss), n=n, n_data=n_data, drop_last=drop_last, lr_given=learn.lr if lr is None else lr)
         if not share or not len(result): return result
         return profile_learner(learn, result, cb.step_seconds, max(share*(time.perf_counter() - start), least))
 

@@ -68,7 +68,7 @@ def set_bs(self:Learner,
                          f"{least*processes.size} or a multiple of it")
     micro = micro_bs(own, fits and max(fits//processes.size, 1), least)
     check_settable(self.dls.train)
-    if n is not None and bs > n: raise ValueError(f"bs={bs} is more than {as_epoch(n, n_in_data(self))}: give {n} or less")
+    if n is not None and bs > n: raise ValueError(f"bs={bs} is more than {as_epoch(n, processes.examples(n_in_data(self)))}: give {n} or less")
     if foreign := [o for o in self.cbs if isinstance(o, GradientAccumulation) and not isinstance(o, AccumulateGrads)]:
         raise ValueError(f"The learner accumulates gradients already, with {foreign[0]!r}: take it off first, "
                          f"learn.remove_cb({type(foreign[0]).__name__}); set_bs accumulates itself where it has to")

@@ -83,6 +83,11 @@ def test_the_last_batch_may_come_first_and_the_data_set_may_be_small(name):
     if name != 'a named tuple': assert counts(makers['fastai'](Items(9), 16, collations[name])) == [9]
 
 
+def test_an_axis_that_grows_with_the_first_few():
+    "Padded to the longest: of 4 that is 4, of 6 it is 6"
+    for n in (50, 3): assert counts(makers['PyTorch'](Items(n), 16, lambda b: (torch.zeros(min(len(b), 6), len(b)),)*2)) == sizes(n, 16)
+
+
 def test_batches_of_a_stream():
     class Stream(torch_data.IterableDataset):
         def __iter__(self): return iter([Items()[i] for i in range(40)])
