@@ -68,6 +68,9 @@ def plot_noise(
     ax.legend(loc='best', fontsize='small')
 
 # %% ../nbs/33_plot.ipynb #e9679dfa
+_no_prediction = {'': 'the noise scale\nis not known well enough', 'between': 'the examples\nof a batch depend on each other',
+                  'alike': 'the batches\nare not drawn at random', 'mixed': 'two trainings\ntake turns'}
+
 def plot_gain(
     result:BSResult, # The result of `bs_find`
     ax:plt.Axes, # Axes to draw on
@@ -75,7 +78,7 @@ def plot_gain(
     "Draw time and examples against the batch size"
     table,bs,max_bs = result.table,result.bs_in_use,result.profile.max_bs
     if table is None:
-        why = dict(between='the examples\nof a batch depend on each other', alike='the batches\nare not drawn at random').get(result.hindrance, 'the noise scale\nis not known well enough')
+        why = _no_prediction[result.hindrance]
         return ax.text(.5, .5, f'no prediction: {why}', ha='center', va='center', transform=ax.transAxes)
     for q,color,ls in ('time' if table.time.notna().any() else 'steps', 'C0', '-'), ('examples', 'C7', '-.'):
         ax.plot(table.index, table[q], c=color, ls=ls, label=q)
