@@ -119,7 +119,8 @@ def before_backward(self:AccumulateGrads):
 def _weigh(self:AccumulateGrads):
     loss,inputs = self.batch_loss,loss_inputs(self.learn)
     if not loss.kind and loss.look(*inputs) == 'between':
-        warnings.warn("What an example adds to this loss depends on the others of its batch, so the gradients of several batches are not that of one large batch")
+        warnings.warn("What an example adds to this loss depends on the others of its batch, so the gradients of several batches are not "
+                      "that of one large batch")
     return loss.weight(*inputs)
 
 @patch(as_prop=True)

@@ -65,7 +65,7 @@ class BSFinder(MockCallback):
         self.run_facts = dict(num_it=self.num_it, n_batch=self.n_batch, n_train=self.n_train, beta=self.beta, biased=self.biased)
         self.spent,self.seen,self.steps,self.bs,self.error = 0,0,0,0,None
         self.batch_loss,self._weighs,self._weights = BatchLoss(),False,[]
-        self.order_of_batches,self.axes = BatchOrder(),None
+        self.order_of_batches,self.axes,self._trained = BatchOrder(),None,[]
         self._left_to_train,self._measuring,self._loss_sum,self._clock = 0,False,0.,StepClock()
         self.first_loss = torch.tensor(math.nan)
 
@@ -144,6 +144,7 @@ def after_loss(self:BSFinder):
 # %% ../nbs/50_finder.ipynb #49ac1f8a
 @patch
 def after_backward(self:BSFinder):
+    if len(self._trained) < _most_noted: self._trained.append(frozenset(i for i,p in enumerate(self.meter.params) if p.grad is not None))
     if not self._measuring:
         if self.average_gradients(self.meter.params): self._left_to_train = self.n_train + 1  # others have just measured: go along with them
         return
@@ -158,6 +159,17 @@ def after_backward(self:BSFinder):
     if weight != 0: self._loss_sum = self._loss_sum + self.learn.loss.detach().mean()*bs  # else it is 0/0
     if self.meter.n_batch == self.n_batch: self._complete(bs, scale)
     else: self.stand_still()
+
+_most_noted = 200
+
+@patch
+def _take_turns(self:BSFinder):
+    "Do some batches train other parameters than others, or in a rhythm?"
+    seen = [o for o in self._trained if o]
+    kinds = set(seen)
+    disjoint = any(not a & b for a in kinds for b in kinds)
+    rhythm = any(all(a == b for a,b in zip(seen, seen[k:])) for k in range(2, len(seen)//3))
+    return len(kinds) > 1 and (disjoint or rhythm)
 
 @patch(as_prop=True)
 def _on_cpu(self:BSFinder): return self.learn.loss.device.type == 'cpu'
@@ -243,7 +255,7 @@ def result(self:BSFinder) -> BSResult: # Without what is known of time and memor
     names = [*('batch', 'step', 'samples', 'loss'), *NoiseAverage().columns(), *NoiseAverage().columns('opt_')]
     uneven = float(np.std(self._weights)/np.mean(self._weights)) if any(self._weights) else 0.
     facts = dict(bs=self.bs, spent=self.spent, stopped='ended' if self.spent < self.num_it else '', first_loss=float(self.first_loss),
-                 opt='adam' if self.meter and normalizes(self.meter.metric.opt) else 'sgd', loss=self.batch_loss.kind, uneven=uneven)
+                 opt='adam' if self.meter and normalizes(self.meter.metric.opt) else 'sgd', loss=self.batch_loss.kind, uneven=uneven, mixed=self._take_turns())
     return BSResult(pd.DataFrame(self.rows, columns=None if self.rows else names), Run(**facts | self.run_facts))
 
 # %% ../nbs/50_finder.ipynb #7dc29468

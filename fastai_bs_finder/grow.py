@@ -165,9 +165,10 @@ def after_batch(self:GrowBatch):
     self._seen = len(rows)
     last = noise_in_use(pd.DataFrame(rows[-1:])).iloc[0]
     noise_scale = last.lo if last.hi == math.inf else last.noise_scale
+    if self.tracker.batch_loss.kind == 'between': return  # there is no advice
     if math.isnan(last.hi) or not 2*self.bs <= min(self.part*noise_scale, self._most): return
     rule = dict(noise=(noise_scale, self._opt), linear=(None, 'sgd'), sqrt=(None, 'adam')).get(self.lr_rule)
-    if rule: self._factor *= scale_lr(1., self.bs, 2*self.bs, *rule)
+    if rule: self._factor *= scale_lr(1., self.bs, 2*self.bs, *rule, loss=self.tracker.batch_loss.kind)
     self.bs *= 2
     self._window.n_acc = self.bs
     self._grow_loader()

@@ -537,6 +537,8 @@ def check_empty(
     dl, # A data loader
 ):
     "Raise `ValueError` where it has no batch"
+    if n_items(dl) == 0:
+        raise ValueError("The training loader has no data, as that of a learner that was exported and loaded: give the learner some, learn.dls = dls")
     if len_or_none(dl) == 0:
         raise ValueError(f"The training loader is empty: {n_items(dl) or 0} examples make no batch of "
                          f"bs={getattr(dl, 'bs', None)} "

@@ -230,7 +230,7 @@ def test_what_is_suggested_for_a_batch_norm_can_be_trained_with(bs):
     learn = normalizing(1281, bs)
     with learn.no_bar(), learn.no_logging():
         was = state(learn)
-        sug = learn.bs_find(.1, num_it=100, show_plot=False)
+        sug = learn.bs_find(.1, num_it=100, show_plot=False, profile=1.)
         result = learn.recorder.bs_result
         assert not result.profile.trouble and result.run.stopped == ''
         forget(learn)
