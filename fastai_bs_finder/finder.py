@@ -28,7 +28,7 @@ from .memory import estimate_memory, warm_up
 from .metric import OptMeter, normalizes
 from .mock import MockCallback, StepClock, in_step, loss_scale, mock_training, pass_parts, set_gradients
 from .noise import GradSums, NoiseAverage
-from .order import BatchOrder, example_axes
+from .order import BatchOrder
 from .processes import by_itself, processes_of, together
 from .profile import profile_steps
 from .result import BSResult, Run, keep_result, keep_sizes, layer_table
@@ -65,7 +65,7 @@ class BSFinder(MockCallback):
         self.run_facts = dict(num_it=self.num_it, n_batch=self.n_batch, n_train=self.n_train, beta=self.beta, biased=self.biased)
         self.spent,self.seen,self.steps,self.bs,self.error = 0,0,0,0,None
         self.batch_loss,self._weighs,self._weights = BatchLoss(),False,[]
-        self.order_of_batches,self.axes,self._trained = BatchOrder(),None,[]
+        self.order_of_batches,self._trained = BatchOrder(),[]
         self._left_to_train,self._measuring,self._loss_sum,self._clock = 0,False,0.,StepClock()
         self.first_loss = torch.tensor(math.nan)
 
@@ -89,7 +89,7 @@ def _drop_measurement(self:BSFinder):
 @patch
 def before_batch(self:BSFinder):
     if not self.spent and self.processes.size == 1: pass_parts(self.learn, self.batch_loss)
-    self._note_batch()
+    self.order_of_batches.add(self.xb, self.yb, n_examples(self.learn), partial(part_of, self.learn))
     cycle = self.n_train + self.n_batch
     if not self.spent and self.num_it >= 4*cycle and self.n_iter >= cycle: self._left_to_train = self.n_train
     fits = self.n_batch <= min(self.n_iter - self.iter, self.num_it - self.spent)
@@ -97,15 +97,6 @@ def before_batch(self:BSFinder):
     if not self._measuring: return
     self._clear_grads()
     if not self.meter.n_batch: self.begin()
-
-@patch
-def _note_batch(self:BSFinder):
-    "Note what a full batch consists of"
-    batch,n = (self.xb, self.yb),n_examples(self.learn)
-    if self.axes is None:
-        def axes(i): return {f'.{i}{name}': a for name,a in example_axes(batch[i], partial(part_of, self.learn), n).items()}
-        self.axes,self.n_inp,self._full = axes(0) | axes(1),len(self.xb),n
-    if n == self._full: self.order_of_batches.add(batch, self.axes)
 
 @patch
 def begin(self:BSFinder):
@@ -309,12 +300,12 @@ _batches_elsewhere = 8
 
 def _alike(learn, cb, n_epoch_it):
     "Are the batches of the run more alike than others? One that keeps the order of its data may have seen a part of them only"
-    dl,k = dealt_out(learn.dls.train),_batches_elsewhere
-    if cb.axes and keeps_order(dl) and cb.spent < (n_epoch_it or math.inf) and k*cb.bs <= (n_items(dl) or 0):
+    dl,k,order = dealt_out(learn.dls.train),_batches_elsewhere,cb.order_of_batches
+    if order.axes and keeps_order(dl) and cb.spent < (n_epoch_it or math.inf) and k*cb.bs <= (n_items(dl) or 0):
         try: examples = collated(dl, k*cb.bs)
         except Exception: examples = None  # so many items of this data set make no batch
-        if examples is not None: cb.order_of_batches.add_elsewhere((examples[:cb.n_inp], examples[cb.n_inp:]), cb.axes, k)
-    return cb.order_of_batches.alike()
+        if examples is not None: order.add_elsewhere(examples, k)
+    return order.alike()
 
 def _measure(learn, cb, lr, n_epoch_it, share, least, processes):
     "Run the mock training, and put together what it found"

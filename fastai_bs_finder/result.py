@@ -252,6 +252,12 @@ class NoiseScaleResult(Result):
     out_of_memory:bool = False # Did a measurement run out of memory?
     error:str = '' # What it said where a measurement failed otherwise, after which there are none
     loss:str = '' # What the loss is, see `BatchLoss`
+    alike:bool = False # Are batches that follow each other more alike than others?
+
+    @property
+    def hindrance(self) -> str:
+        "Why the measurements do not tell what other batch sizes would do, a key of `words.hindrances`; empty where they do"
+        return 'alike' if self.alike else 'between' if self.loss == 'between' else ''
 
     @cached_property
     def in_use(self) -> pd.DataFrame:

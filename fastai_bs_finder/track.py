@@ -25,8 +25,9 @@ from fastai.torch_core import set_seed
 from .accumulate import AccumulateGrads, AsideCallback
 from .checks import check_whole
 from .interrupt import CtrlC
-from .loaders import batch_size, len_or_none, loss_inputs, n_examples, second_loader
+from .loaders import batch_size, len_or_none, loss_inputs, n_examples, part_of, second_loader
 from .losses import BatchLoss
+from .order import BatchOrder
 from .metric import OptMeter, normalizes
 from .mock import in_a_line, loss_scale, out_of_memory, synchronize
 from .noise import noise_and_scale, sq_norms, Noise, NoiseAverage
@@ -392,6 +393,8 @@ def _add_up(self:AllProcesses):
     schedule.end(schedule.seconds - self._seconds_before, taken)
 
 # %% ../nbs/43_track.ipynb #11b01695
+_most_noted = 300
+
 class NoiseScale(AsideCallback):
     "Measure the noise scale along a training, without a trace in it: `learn.recorder.noise_scale`, and a column in the progress table and in loggers"
     order,run_valid = AccumulateGrads.order + 1,False
@@ -410,7 +413,7 @@ class NoiseScale(AsideCallback):
         self.every,self.n_batch,self.beta,self.share = every,n_batch,beta,share
         self._column = ValueMetric(self._latest, 'noise_scale')
         self.columns,self.rows,self.adaptive,self.out_of_memory,self.error,self.schedule = [self._column],[],False,False,'',Schedule(every, share)
-        self.batch_loss = BatchLoss()
+        self.batch_loss,self.order_of_batches,self._alike = BatchLoss(),BatchOrder(),False
         self._release()
 
     seconds = property(lambda self: self.schedule.seconds, doc="Seconds of measuring so far")
@@ -435,7 +438,7 @@ class NoiseScale(AsideCallback):
             raise ValueError("An epoch is a single batch, and the noise scale takes two: "
                              "train with smaller batches, or accumulate the gradients of several, AccumulateGrads")
         self.rows,self.adaptive,self.out_of_memory,self.error,self._n_steps,self._n_samples = [],False,False,'',0,0
-        self.batch_loss = BatchLoss()
+        self.batch_loss,self.order_of_batches,self._alike = BatchLoss(),BatchOrder(),False
         self.schedule,self.meter = Schedule(self.every, self.share),OptMeter(self.opt, self.beta)
         self._collectors = {kind: kind(self) for kind in ((AllProcesses,) if several else (OwnPass, Window))}
         self._collector = next(iter(self._collectors.values()))  # until there is a batch to pick by
@@ -462,6 +465,8 @@ class NoiseScale(AsideCallback):
                 warnings.warn(f"NoiseScale measures no more in this training, which goes on without it: a measurement failed ({self.error})")
 
     def before_backward(self):
+        order = self.order_of_batches
+        if len(order.batches) < _most_noted: order.add(self.xb, self.yb, n_examples(self.learn), partial(part_of, self.learn))
         self._pick()
         self._forward('before_backward')
 
@@ -499,6 +504,7 @@ class NoiseScale(AsideCallback):
             self.learn.metrics = L(o for o in self.learn.metrics if not any(o is c for c in self.columns))
         if self.meter:
             self.schedule.stop_clock()
+            self._alike = self.order_of_batches.alike()
             self._publish()
         self._release()
 
@@ -515,7 +521,7 @@ def result(self:NoiseScale) -> NoiseScaleResult:
     stats = pd.DataFrame(self.rows, columns=['batch', 'epoch', 'step', 'samples', 'loss', 'bs', 'lr', *average.columns(), *average.columns('opt_')])
     opt = 'adam' if self.adaptive else 'sgd'
     return NoiseScaleResult(stats, self.n_batch, self.beta, self.every, self.share, opt, self.seconds, self.train_seconds, self.out_of_memory,
-                            self.error, self.batch_loss.kind)
+                            self.error, self.batch_loss.kind, self._alike)
 
 @patch(as_prop=True)
 def stats(self:NoiseScale) -> pd.DataFrame:

@@ -337,7 +337,7 @@ def noise_scale_summary(
     where,last = f"{len(x)} measurement{'s' if len(x) > 1 else ''} of the noise scale, {share:.1%} of the training time",x.iloc[-1]
     if result.out_of_memory: where += ", until there was not enough memory for more"
     if result.error: where += f", until one failed ({result.error})"
-    if result.loss == 'between': return f"{where}: {hindrances['between'][0].lower()}{hindrances['between'][1:]}."
+    if result.hindrance: return f"{where}. {hindrances[result.hindrance]}."
     known = (x.noise_scale > 0).any() and (last.noise_scale > 0 or last.hi == math.inf) and not (last.hi == math.inf and last.lo < 1)
     if not known: return f"{where}: the gradient drowns in its noise. Take more batches per measurement, n_batch={4*result.n_batch} for example."
     at_end = f"at least {as_number(last.lo)}" if last.hi == math.inf else as_number(last.noise_scale)
