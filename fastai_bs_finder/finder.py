@@ -65,7 +65,7 @@ class BSFinder(MockCallback):
         self.run_facts = dict(num_it=self.num_it, n_batch=self.n_batch, n_train=self.n_train, beta=self.beta, biased=self.biased)
         self.spent,self.seen,self.steps,self.bs,self.error = 0,0,0,0,None
         self.batch_loss,self._weighs,self._weights = BatchLoss(),False,[]
-        self.order_of_batches,self._trained = BatchOrder(),[]
+        self.order_of_batches,self._trained = BatchOrder(),{}
         self._left_to_train,self._measuring,self._loss_sum,self._clock = 0,False,0.,StepClock()
         self.first_loss = torch.tensor(math.nan)
 
@@ -135,11 +135,11 @@ def after_loss(self:BSFinder):
 # %% ../nbs/50_finder.ipynb #49ac1f8a
 @patch
 def after_backward(self:BSFinder):
-    if len(self._trained) < _most_noted: self._trained.append(frozenset(i for i,p in enumerate(self.meter.params) if p.grad is not None))
     if not self._measuring:
         if self.average_gradients(self.meter.params): self._left_to_train = self.n_train + 1  # others have just measured: go along with them
         return
     grads,bs,fp16_scale = [p.grad for p in self.meter.params],n_examples(self.learn),loss_scale(self.learn)
+    if len(self._trained) < _most_noted: self._trained[self.spent] = frozenset(i for i,g in enumerate(grads) if g is not None)
     scale,weight = (fp16_scale or 1.)*(bs if self.batch_loss.kind == 'sum' else 1),self._weight()
     if all(g is None for g in grads): self._leave_out('no gradient')
     if not self.meter.sums.add(grads, bs, scale, skip_nonfinite=fp16_scale is not None or self._on_cpu, weight=weight):
@@ -156,10 +156,10 @@ _most_noted = 200
 @patch
 def _take_turns(self:BSFinder):
     "Do some batches train other parameters than others, or in a rhythm?"
-    seen = [o for o in self._trained if o]
-    kinds = set(seen)
+    seen = {i: o for i,o in self._trained.items() if o}
+    kinds = set(seen.values())
     disjoint = any(not a & b for a in kinds for b in kinds)
-    rhythm = any(all(a == b for a,b in zip(seen, seen[k:])) for k in range(2, len(seen)//3))
+    rhythm = any(len({(i % k, o) for i,o in seen.items()}) == len({i % k for i in seen}) for k in range(2, len(seen)//3))
     return len(kinds) > 1 and (disjoint or rhythm)
 
 @patch(as_prop=True)

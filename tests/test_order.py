@@ -107,3 +107,14 @@ def test_the_random_states_and_the_loader_are_left_alone():
     with learn.no_bar(), learn.no_logging(): learn.bs_find(1e-4, 40, show_plot=False, profile=False)
     assert torch.equal(torch.get_rng_state(), after_init) and np.random.get_state()[1].tolist() == before[1]
     assert next(iter(learn.dls.train))[1][:16].tolist() == y[:16].tolist()
+
+
+@pytest.mark.parametrize('shuffle', (False, True))
+def test_along_a_training(shuffle):
+    torch.manual_seed(0)
+    x,y = by_class(1500)
+    learn = Learner(DataLoaders(*(torch_data.DataLoader(torch_data.TensorDataset(x, y), 16, shuffle=shuffle) for _ in range(2))), nn.Linear(20, 10),
+                    loss_func=CrossEntropyLossFlat(), opt_func=SGD)
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3, cbs=NoiseScale(share=None, every=20))
+    result = learn.recorder.noise_scale_result
+    assert result.alike == (not shuffle) and ('does not draw its batches at random' in str(result)) == (not shuffle)
