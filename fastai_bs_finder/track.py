@@ -23,9 +23,10 @@ from fastai.callback.training import GradientAccumulation
 from fastai.learner import Recorder, ValueMetric
 from fastai.torch_core import set_seed
 from .accumulate import AccumulateGrads, AsideCallback
+from .batches import n_examples
 from .checks import check_whole
 from .interrupt import CtrlC
-from .loaders import batch_size, len_or_none, n_examples, second_loader
+from .loaders import batch_size, len_or_none, second_loader
 from .metric import OptMeter, normalizes
 from .mock import in_a_line, loss_scale, out_of_memory, synchronize
 from .noise import noise_and_scale, sq_norms, Noise, NoiseAverage
