@@ -160,7 +160,8 @@ class BatchLoss:
                 any(self._take(loss_func, P, Q) for P,Q in self._divisions(pred, yb, n, cut))
             except Exception: pass  # the loss takes whole batches only, has random numbers of its own, or targets that cannot be divided
 
-    def weight(self, loss_func, pred, yb, n, cut) -> float: # In the same unit for all batches: 1 each in a sum, and the number of examples where it is not known
+    def weight(self, loss_func, pred, yb, n, cut,
+    ) -> float: # In the same unit for all batches: 1 each in a sum, and the number of examples where it is not known
         "What a batch weighs in the loss of several; the parameters are those of `look`"
         if self.kind == 'sum': return 1.
         with _aside():
@@ -190,10 +191,10 @@ class BatchLoss:
         if m == n and not self._first: self._first = self._part(pred, yb, n, cut).clone()  # it counts as many times as it has examples
 
     def _take(self, loss_func, P, Q):
-        "Believe an experiment, and tell whether there was something to believe; a batch may look like one of a mean by chance, but not like one of a weighted mean"
+        "Believe an experiment, and tell whether there was something to believe"
         e = _Experiment(loss_func, P, Q)
         if not e.kind: return False
-        if self.kind in ('weighted', 'between'): return True
+        if self.kind in ('weighted', 'between'): return True  # by chance, a batch may look like one of a mean, never like one of these
         self.kind,self._experiment = e.kind,e
         try: weights = [_weight_by_reduction(loss_func, part) for part in (P, Q)]
         except Exception: return True  # it has no reduction

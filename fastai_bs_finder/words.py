@@ -196,7 +196,8 @@ def _about_loss(result):
     run,bs = result.run,result.advised
     if run.loss == 'sum' and run.opt == 'sgd' and bs != run.bs:
         return "The loss is summed over the batch, so larger batches make larger steps by themselves: that is why lr does not grow along."
-    if run.uneven > _uneven: return f"The examples of this loss weigh so differently that bs={run.bs} tells too small a noise scale: measure with larger batches."
+    if run.uneven > _uneven:
+        return f"The examples of this loss weigh so differently that bs={run.bs} tells too small a noise scale: measure with larger batches."
 
 def _leaves_few_steps(result):
     run,bs = result.run,result.advised
