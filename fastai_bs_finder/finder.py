@@ -20,9 +20,10 @@ from fastai.callback import progress
 from fastai.callback.core import TrainEvalCallback, CancelBatchException, CancelFitException
 from fastai.learner import Learner
 from fastai.torch_core import num_distrib
+from .batches import collated, how_to_count, loss_inputs, n_examples, part_of
 from .checks import check_learner, check_lr, check_opt, check_profile, check_whole, suggestion_names
-from .loaders import Passes, batch_size, check_epoch, check_length, collated, dealt_out, how_to_count, keeps_order, leave_out_one
-from .loaders import leaves_out_one, len_or_none, loss_inputs, n_examples, n_in_data, n_items, n_train_examples, part_of
+from .loaders import Passes, batch_size, check_epoch, check_length, dealt_out, keeps_order, leave_out_one, leaves_out_one
+from .loaders import len_or_none, n_in_data, n_items, n_train_examples
 from .losses import BatchLoss
 from .memory import estimate_memory, warm_up
 from .metric import OptMeter, normalizes

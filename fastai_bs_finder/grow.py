@@ -15,8 +15,9 @@ from fastai.callback.training import GradientAccumulation
 from fastai.learner import ValueMetric
 from fastcore.foundation import L
 from .accumulate import AccumulateGrads, AsideCallback, micro_bs
+from .batches import n_examples
 from .checks import check_whole
-from .loaders import batch_size, check_settable, follow_at_once, follow_no_more, leave_out_one, leaves_out_one, len_or_none, n_examples
+from .loaders import batch_size, check_settable, follow_at_once, follow_no_more, leave_out_one, leaves_out_one, len_or_none
 from .loaders import n_train_examples, normalizes_batches, rebatch
 from .predict import scale_lr
 from .processes import is_distributed

@@ -190,10 +190,10 @@ class BatchLoss:
         if m == n and not self._first: self._first = self._part(pred, yb, n, cut).clone()  # it counts as many times as it has examples
 
     def _take(self, loss_func, P, Q):
-        "Believe an experiment that tells something, and say whether it does; only a mean may come out by chance, where it is a weighted one"
+        "Believe an experiment, and tell whether there was something to believe"
         e = _Experiment(loss_func, P, Q)
         if not e.kind: return False
-        if self.kind in ('weighted', 'between'): return True
+        if self.kind in ('weighted', 'between'): return True  # by chance, a batch may look like one of a mean, never like one of these
         self.kind,self._experiment = e.kind,e
         try: weights = [_weight_by_reduction(loss_func, part) for part in (P, Q)]
         except Exception: return True  # it has no reduction

@@ -21,7 +21,8 @@ from fastai.callback.fp16 import MixedPrecision, NonNativeMixedPrecision
 from fastai.callback.training import GradientAccumulation
 from fastai.learner import AvgSmoothLoss, Learner
 from fastai.torch_core import to_detach
-from .loaders import Passes, draw_few, leave_out_one, len_or_none, n_examples, loss_inputs, n_train_examples, part_of, rebatch
+from .batches import loss_inputs, n_examples, part_of
+from .loaders import Passes, draw_few, leave_out_one, len_or_none, n_train_examples, rebatch
 from .losses import BatchLoss
 from .noise import GradSums
 from .processes import Processes, before_broadcast, is_distributed, processes_of, trainers

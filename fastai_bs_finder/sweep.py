@@ -22,8 +22,9 @@ from fastai.imports import noop
 from fastai.learner import Learner
 from fastai.torch_core import set_seed, to_cpu
 from .accumulate import AccumulateGrads, examples_per_step, micro_bs
+from .batches import n_examples
 from .checks import check_learner, check_lr, check_opt, check_whole
-from .loaders import Passes, batch_size, check_empty, check_settable, leave_out_one, len_or_none, n_examples, n_in_data
+from .loaders import Passes, batch_size, check_empty, check_settable, leave_out_one, len_or_none, n_in_data
 from .loaders import n_train_examples, rebatch, second_loader
 from .metric import normalizes
 from .mock import in_a_line, kind_of_loss, mock_training, out_of_memory, run_steps, synchronize

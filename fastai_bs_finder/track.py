@@ -23,9 +23,10 @@ from fastai.callback.training import GradientAccumulation
 from fastai.learner import Recorder, ValueMetric
 from fastai.torch_core import set_seed
 from .accumulate import AccumulateGrads, AsideCallback
+from .batches import loss_inputs, n_examples, part_of
 from .checks import check_whole
 from .interrupt import CtrlC
-from .loaders import batch_size, len_or_none, loss_inputs, n_examples, part_of, second_loader
+from .loaders import batch_size, len_or_none, second_loader
 from .losses import BatchLoss
 from .order import BatchOrder
 from .metric import OptMeter, normalizes

@@ -8,10 +8,11 @@ from fastai.callback.training import GradientAccumulation
 from hypothesis import given, strategies as st
 
 from fastai_bs_finder.accumulate import AccumulateGrads, micro_bs
+from fastai_bs_finder.batches import n_examples
 from fastai_bs_finder.finder import *
 from fastai_bs_finder.memory import *
 from fastai_bs_finder.set_bs import *
-from fastai_bs_finder.loaders import batch_size, n_examples, n_train_examples
+from fastai_bs_finder.loaders import batch_size, n_train_examples
 from fastai_bs_finder.demo import digits_learner
 from footprint import changes, forget, state
 from learners import Learner, applications, digits, loaders, maker, mlp, nn
