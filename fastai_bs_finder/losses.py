@@ -134,7 +134,7 @@ def _weight_by_reduction(loss_func, part):
     loss = float(_loss(loss_func, part))
     return total/loss if total else 0. if math.isnan(loss) else float(part.n)
 
-_most_kept,_most_numbers,_most_tries = 32,2**22,5  # examples to compare other batches with; predictions in an experiment; batches that tell nothing
+_most_kept,_most_numbers,_most_tries = 32,2**22,5  # examples to compare other batches with; predictions in an experiment; batches to look at
 
 class BatchLoss:
     "Finds out what a loss is, and what each batch weighs"
@@ -149,7 +149,7 @@ class BatchLoss:
     ) -> str: # 'mean', 'sum', 'weighted', 'between', or '' where it is not known
         "Find out with a batch, or with two of a single example"
         if _own_reduction(loss_func) == 'sum': self.kind = 'sum'
-        elif self.kind or self._tries < _most_tries: self._try(loss_func, pred, yb, n, cut)
+        elif self._tries < _most_tries: self._try(loss_func, pred, yb, n, cut)
         if self._passed: self.kind = self._agree(*self._passed)
         return self.kind
 
