@@ -13,8 +13,8 @@ It takes a second derivative of the loss, and some three times the time of a bac
 import math, numpy as np, torch
 
 from fastai.callback.fp16 import MixedPrecision, NonNativeMixedPrecision
+from fastai_bs_finder.batches import n_examples
 from fastai_bs_finder.finder import BSFinder
-from fastai_bs_finder.loaders import n_examples
 from fastai_bs_finder.noise import GradSums, Noise, NoiseAverage
 
 

@@ -20,15 +20,16 @@ from fastai.callback import progress
 from fastai.callback.core import TrainEvalCallback, CancelBatchException, CancelFitException
 from fastai.learner import Learner
 from fastai.torch_core import num_distrib
+from .batches import collated, how_to_count, loss_inputs, n_examples, part_of
 from .checks import check_learner, check_lr, check_opt, check_profile, check_whole, suggestion_names
-from .loaders import Passes, batch_size, check_epoch, check_length, collated, dealt_out, how_to_count, keeps_order, leave_out_one
-from .loaders import leaves_out_one, len_or_none, loss_inputs, n_examples, n_in_data, n_items, n_train_examples, part_of
+from .loaders import Passes, batch_size, check_epoch, check_length, dealt_out, keeps_order, leave_out_one, leaves_out_one
+from .loaders import len_or_none, n_in_data, n_items, n_train_examples
 from .losses import BatchLoss
 from .memory import estimate_memory, warm_up
 from .metric import OptMeter, normalizes
 from .mock import MockCallback, StepClock, in_step, loss_scale, mock_training, pass_parts, set_gradients
 from .noise import GradSums, NoiseAverage
-from .order import BatchOrder, example_axes
+from .order import BatchOrder
 from .processes import by_itself, processes_of, together
 from .profile import profile_steps
 from .result import BSResult, Run, keep_result, keep_sizes, layer_table
@@ -65,7 +66,7 @@ class BSFinder(MockCallback):
         self.run_facts = dict(num_it=self.num_it, n_batch=self.n_batch, n_train=self.n_train, beta=self.beta, biased=self.biased)
         self.spent,self.seen,self.steps,self.bs,self.error = 0,0,0,0,None
         self.batch_loss,self._weighs,self._weights = BatchLoss(),False,[]
-        self.order_of_batches,self.axes = BatchOrder(),None
+        self.order_of_batches,self._trained = BatchOrder(),{}
         self._left_to_train,self._measuring,self._loss_sum,self._clock = 0,False,0.,StepClock()
         self.first_loss = torch.tensor(math.nan)
 
@@ -89,7 +90,7 @@ def _drop_measurement(self:BSFinder):
 @patch
 def before_batch(self:BSFinder):
     if not self.spent and self.processes.size == 1: pass_parts(self.learn, self.batch_loss)
-    self._note_batch()
+    self.order_of_batches.add(self.xb, self.yb, n_examples(self.learn), partial(part_of, self.learn))
     cycle = self.n_train + self.n_batch
     if not self.spent and self.num_it >= 4*cycle and self.n_iter >= cycle: self._left_to_train = self.n_train
     fits = self.n_batch <= min(self.n_iter - self.iter, self.num_it - self.spent)
@@ -97,15 +98,6 @@ def before_batch(self:BSFinder):
     if not self._measuring: return
     self._clear_grads()
     if not self.meter.n_batch: self.begin()
-
-@patch
-def _note_batch(self:BSFinder):
-    "Note what a full batch consists of"
-    batch,n = (self.xb, self.yb),n_examples(self.learn)
-    if self.axes is None:
-        def axes(i): return {f'.{i}{name}': a for name,a in example_axes(batch[i], partial(part_of, self.learn), n).items()}
-        self.axes,self.n_inp,self._full = axes(0) | axes(1),len(self.xb),n
-    if n == self._full: self.order_of_batches.add(batch, self.axes)
 
 @patch
 def begin(self:BSFinder):
@@ -148,6 +140,7 @@ def after_backward(self:BSFinder):
         if self.average_gradients(self.meter.params): self._left_to_train = self.n_train + 1  # others have just measured: go along with them
         return
     grads,bs,fp16_scale = [p.grad for p in self.meter.params],n_examples(self.learn),loss_scale(self.learn)
+    if len(self._trained) < _most_noted: self._trained[self.spent] = frozenset(i for i,g in enumerate(grads) if g is not None)
     scale,weight = (fp16_scale or 1.)*(bs if self.batch_loss.kind == 'sum' else 1),self._weight()
     if all(g is None for g in grads): self._leave_out('no gradient')
     if not self.meter.sums.add(grads, bs, scale, skip_nonfinite=fp16_scale is not None or self._on_cpu, weight=weight):
@@ -158,6 +151,17 @@ def after_backward(self:BSFinder):
     if weight != 0: self._loss_sum = self._loss_sum + self.learn.loss.detach().mean()*bs  # else it is 0/0
     if self.meter.n_batch == self.n_batch: self._complete(bs, scale)
     else: self.stand_still()
+
+_most_noted = 200
+
+@patch
+def _take_turns(self:BSFinder):
+    "Do some batches train other parameters than others, or in a rhythm?"
+    seen = {i: o for i,o in self._trained.items() if o}
+    kinds = set(seen.values())
+    disjoint = any(not a & b for a in kinds for b in kinds)
+    rhythm = any(len({(i % k, o) for i,o in seen.items()}) == len({i % k for i in seen}) for k in range(2, len(seen)//3))
+    return len(kinds) > 1 and (disjoint or rhythm)
 
 @patch(as_prop=True)
 def _on_cpu(self:BSFinder): return self.learn.loss.device.type == 'cpu'
@@ -243,7 +247,7 @@ def result(self:BSFinder) -> BSResult: # Without what is known of time and memor
     names = [*('batch', 'step', 'samples', 'loss'), *NoiseAverage().columns(), *NoiseAverage().columns('opt_')]
     uneven = float(np.std(self._weights)/np.mean(self._weights)) if any(self._weights) else 0.
     facts = dict(bs=self.bs, spent=self.spent, stopped='ended' if self.spent < self.num_it else '', first_loss=float(self.first_loss),
-                 opt='adam' if self.meter and normalizes(self.meter.metric.opt) else 'sgd', loss=self.batch_loss.kind, uneven=uneven)
+                 opt='adam' if self.meter and normalizes(self.meter.metric.opt) else 'sgd', loss=self.batch_loss.kind, uneven=uneven, mixed=self._take_turns())
     return BSResult(pd.DataFrame(self.rows, columns=None if self.rows else names), Run(**facts | self.run_facts))
 
 # %% ../nbs/50_finder.ipynb #7dc29468
@@ -297,12 +301,12 @@ _batches_elsewhere = 8
 
 def _alike(learn, cb, n_epoch_it):
     "Are the batches of the run more alike than others? One that keeps the order of its data may have seen a part of them only"
-    dl,k = dealt_out(learn.dls.train),_batches_elsewhere
-    if cb.axes and keeps_order(dl) and cb.spent < (n_epoch_it or math.inf) and k*cb.bs <= (n_items(dl) or 0):
+    dl,k,order = dealt_out(learn.dls.train),_batches_elsewhere,cb.order_of_batches
+    if order.axes and keeps_order(dl) and cb.spent < (n_epoch_it or math.inf) and k*cb.bs <= (n_items(dl) or 0):
         try: examples = collated(dl, k*cb.bs)
         except Exception: examples = None  # so many items of this data set make no batch
-        if examples is not None: cb.order_of_batches.add_elsewhere((examples[:cb.n_inp], examples[cb.n_inp:]), cb.axes, k)
-    return cb.order_of_batches.alike()
+        if examples is not None: order.add_elsewhere(examples, k)
+    return order.alike()
 
 def _measure(learn, cb, lr, n_epoch_it, share, least, processes):
     "Run the mock training, and put together what it found"

@@ -15,8 +15,9 @@ from fastai.callback.training import GradientAccumulation
 from fastai.learner import ValueMetric
 from fastcore.foundation import L
 from .accumulate import AccumulateGrads, AsideCallback, micro_bs
+from .batches import n_examples
 from .checks import check_whole
-from .loaders import batch_size, check_settable, follow_at_once, follow_no_more, leave_out_one, leaves_out_one, len_or_none, n_examples
+from .loaders import batch_size, check_settable, follow_at_once, follow_no_more, leave_out_one, leaves_out_one, len_or_none
 from .loaders import n_train_examples, normalizes_batches, rebatch
 from .predict import scale_lr
 from .processes import is_distributed
@@ -165,9 +166,10 @@ def after_batch(self:GrowBatch):
     self._seen = len(rows)
     last = noise_in_use(pd.DataFrame(rows[-1:])).iloc[0]
     noise_scale = last.lo if last.hi == math.inf else last.noise_scale
+    if self.tracker.batch_loss.kind == 'between': return  # there is no advice
     if math.isnan(last.hi) or not 2*self.bs <= min(self.part*noise_scale, self._most): return
     rule = dict(noise=(noise_scale, self._opt), linear=(None, 'sgd'), sqrt=(None, 'adam')).get(self.lr_rule)
-    if rule: self._factor *= scale_lr(1., self.bs, 2*self.bs, *rule)
+    if rule: self._factor *= scale_lr(1., self.bs, 2*self.bs, *rule, loss=self.tracker.batch_loss.kind)
     self.bs *= 2
     self._window.n_acc = self.bs
     self._grow_loader()

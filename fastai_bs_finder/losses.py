@@ -134,7 +134,7 @@ def _weight_by_reduction(loss_func, part):
     loss = float(_loss(loss_func, part))
     return total/loss if total else 0. if math.isnan(loss) else float(part.n)
 
-_most_kept,_most_numbers,_most_tries = 32,2**22,5  # examples to compare other batches with; predictions in an experiment; batches that tell nothing
+_most_kept,_most_numbers,_most_tries = 32,2**22,5  # examples to compare other batches with; predictions in an experiment; batches to look at
 
 class BatchLoss:
     "Finds out what a loss is, and what each batch weighs"
@@ -149,7 +149,7 @@ class BatchLoss:
     ) -> str: # 'mean', 'sum', 'weighted', 'between', or '' where it is not known
         "Find out with a batch, or with two of a single example"
         if _own_reduction(loss_func) == 'sum': self.kind = 'sum'
-        elif self.kind or self._tries < _most_tries: self._try(loss_func, pred, yb, n, cut)
+        elif self._tries < _most_tries: self._try(loss_func, pred, yb, n, cut)
         if self._passed: self.kind = self._agree(*self._passed)
         return self.kind
 
@@ -160,7 +160,7 @@ class BatchLoss:
                 any(self._take(loss_func, P, Q) for P,Q in self._divisions(pred, yb, n, cut))
             except Exception: pass  # the loss takes whole batches only, has random numbers of its own, or targets that cannot be divided
 
-    def weight(self, loss_func, pred, yb, n, cut) -> float: # In the same unit for all batches: 1 each in a sum, and the number of examples where it is not known
+    def weight(self, loss_func, pred, yb, n, cut) -> float: # In one unit for all batches; 1 each in a sum, the number of examples where it is not known
         "What a batch weighs in the loss of several; the parameters are those of `look`"
         if self.kind == 'sum': return 1.
         with _aside():
@@ -190,10 +190,10 @@ class BatchLoss:
         if m == n and not self._first: self._first = self._part(pred, yb, n, cut).clone()  # it counts as many times as it has examples
 
     def _take(self, loss_func, P, Q):
-        "Believe an experiment, and tell whether there was something to believe; a batch may look like one of a mean by chance, but not like one of a weighted mean"
+        "Believe an experiment, and tell whether there was something to believe"
         e = _Experiment(loss_func, P, Q)
         if not e.kind: return False
-        if self.kind in ('weighted', 'between'): return True
+        if self.kind in ('weighted', 'between'): return True  # by chance, a batch may look like one of a mean, never like one of these
         self.kind,self._experiment = e.kind,e
         try: weights = [_weight_by_reduction(loss_func, part) for part in (P, Q)]
         except Exception: return True  # it has no reduction
@@ -212,9 +212,9 @@ def pass_parts(self:BatchLoss,
     n = min(n, 3*_most_kept)
     k = n//3 or 1
     with _aside():
-        try: P,Q,both,again = loss_of(0, k),loss_of(k, n),loss_of(0, n),loss_of(0, n)
+        try: first,again = ([loss_of(*ends) for ends in ((0, k), (k, n), (0, n))] for _ in range(2))
         except Exception: return  # the model takes whole batches only
-    if n > 1 and both == again and np.isfinite([P, Q, both]).all(): self._passed = k/n,P,Q,both
+    if n > 1 and first == again and np.isfinite(first).all(): self._passed = k/n,*first
 
 @patch
 def _agree(self:BatchLoss, share, P, Q, both):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['mock_training', 'MockCallback', 'set_gradients', 'loss_scale', 'synchronize', 'StepClock', 'TimedSteps', 'run_steps',
-           'pass_parts', 'out_of_memory', 'in_a_line', 'LockStep', 'in_step']
+           'pass_parts', 'kind_of_loss', 'out_of_memory', 'in_a_line', 'LockStep', 'in_step']
 
 # %% ../nbs/30_mock.ipynb #35041c14
 import errno, re, time
@@ -16,12 +16,13 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from fastcore.foundation import L
 from fastai.callback import progress
-from fastai.callback.core import Callback, CancelFitException, CancelTrainException, CancelValidException
+from fastai.callback.core import Callback, CancelFitException, CancelTrainException, CancelValidException, TrainEvalCallback
 from fastai.callback.fp16 import MixedPrecision, NonNativeMixedPrecision
 from fastai.callback.training import GradientAccumulation
 from fastai.learner import AvgSmoothLoss, Learner
 from fastai.torch_core import to_detach
-from .loaders import Passes, draw_few, leave_out_one, len_or_none, n_examples, n_train_examples, part_of, rebatch
+from .batches import loss_inputs, n_examples, part_of
+from .loaders import Passes, draw_few, leave_out_one, len_or_none, n_train_examples, rebatch
 from .losses import BatchLoss
 from .noise import GradSums
 from .processes import Processes, before_broadcast, is_distributed, processes_of, trainers
@@ -174,6 +175,27 @@ def pass_parts(
     finally:
         for m,on in modes: m.training = on
     if hasattr(learn.model, 'reset'): learn.model.reset()
+
+class _OneLook(MockCallback):
+    "Ends the training when it is known what the loss of its first batch is"
+    order = TrainEvalCallback.order-1
+    def before_fit(self): self.batch_loss = BatchLoss()
+    def before_batch(self): pass_parts(self.learn, self.batch_loss)
+    def after_loss(self):
+        self.batch_loss.look(*loss_inputs(self.learn))
+        self.finish()
+
+def kind_of_loss(
+    learn:Learner, # The learner; it is left as it was
+) -> str: # 'mean', 'sum', 'weighted', 'between', or '' where it is not known, see `BatchLoss`
+    "What the loss is, found out with one batch"
+    found = getattr(getattr(learn, 'recorder', None), 'bs_result', None)
+    if found is not None: return found.run.loss
+    look = _OneLook()
+    try:
+        with mock_training(learn): learn.fit(1, 0., cbs=look)
+    except Exception: return ''  # it cannot be trained as it is, and its own fit says why
+    return look.batch_loss.kind
 
 # %% ../nbs/30_mock.ipynb #de534c0c
 _too_large = re.compile(r"""

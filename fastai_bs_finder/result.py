@@ -84,6 +84,7 @@ class Run:
     loss:str = '' # What the loss is: 'mean', 'sum', 'weighted', 'between'; empty where it is not known, see `BatchLoss`
     uneven:float = 0. # Standard deviation of the weights of the batches, relative to their mean, where the loss is a weighted mean
     alike:bool = False # Are batches that follow each other more alike than others?
+    mixed:bool = False # Do two trainings take turns, each with parameters of its own?
     num_it:int = 0 # Number of batches to spend
     spent:int = 0 # Number of batches that were spent
     n_batch:int = 10 # Number of batches per measurement, of each process
@@ -169,7 +170,7 @@ class BSResult(Result):
     @property
     def hindrance(self) -> str:
         "Why the measurements do not tell what other batch sizes would do, a key of `words.hindrances`; empty where they do"
-        return 'alike' if self.run.alike else 'between' if self.run.loss == 'between' else ''
+        return 'mixed' if self.run.mixed else 'alike' if self.run.alike else 'between' if self.run.loss == 'between' else ''
 
     @cached_property
     def mean_noise_scale(self) -> tuple|None:
@@ -250,6 +251,13 @@ class NoiseScaleResult(Result):
     train_seconds:float = 0. # Time spent training, measurements left out
     out_of_memory:bool = False # Did a measurement run out of memory?
     error:str = '' # What it said where a measurement failed otherwise, after which there are none
+    loss:str = '' # What the loss is, see `BatchLoss`
+    alike:bool = False # Are batches that follow each other more alike than others?
+
+    @property
+    def hindrance(self) -> str:
+        "Why the measurements do not tell what other batch sizes would do, a key of `words.hindrances`; empty where they do"
+        return 'alike' if self.alike else 'between' if self.loss == 'between' else ''
 
     @cached_property
     def in_use(self) -> pd.DataFrame:

@@ -14,7 +14,8 @@ from fastai.callback.training import GradientAccumulation
 from fastai.learner import Learner
 from .accumulate import AccumulateGrads, TidyCallback, examples_per_step, micro_bs
 from .checks import check_whole
-from .loaders import batch_size, check_settable, leave_out_one, leaves_out_one, len_or_none, n_in_data, n_train_examples, rebatch
+from .loaders import batch_size, check_empty, check_settable, leave_out_one, leaves_out_one, len_or_none, n_in_data, n_train_examples, rebatch
+from .mock import kind_of_loss
 from .processes import processes_of, unwrap
 from .result import BSResult, advised_bs, least_and_why
 from .words import as_epoch, say, set_bs_summary
@@ -67,6 +68,10 @@ def set_bs(self:Learner,
         raise ValueError(f"bs={bs} does not work here: a batch of fewer than {least*processes.size} examples fails ({unfit}). Give "
                          f"{least*processes.size} or a multiple of it")
     micro = micro_bs(own, fits and max(fits//processes.size, 1), least)
+    if micro < own and processes.size == 1 and kind_of_loss(self) == 'between':
+        raise ValueError(f"bs={bs} does not fit, {fits} examples do, and it cannot be taken in pieces here: what an example adds to this loss depends on the "
+                         f"others of its batch. Give {fits} or less")
+    check_empty(self.dls.train)
     check_settable(self.dls.train)
     if n is not None and bs > n: raise ValueError(f"bs={bs} is more than {as_epoch(n, processes.examples(n_in_data(self)))}: give {n} or less")
     if foreign := [o for o in self.cbs if isinstance(o, GradientAccumulation) and not isinstance(o, AccumulateGrads)]:

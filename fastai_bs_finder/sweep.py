@@ -22,11 +22,12 @@ from fastai.imports import noop
 from fastai.learner import Learner
 from fastai.torch_core import set_seed, to_cpu
 from .accumulate import AccumulateGrads, examples_per_step, micro_bs
+from .batches import n_examples
 from .checks import check_learner, check_lr, check_opt, check_whole
-from .loaders import Passes, batch_size, check_empty, check_settable, leave_out_one, len_or_none, n_examples, n_in_data
+from .loaders import Passes, batch_size, check_empty, check_settable, leave_out_one, len_or_none, n_in_data
 from .loaders import n_train_examples, rebatch, second_loader
 from .metric import normalizes
-from .mock import in_a_line, mock_training, out_of_memory, run_steps, synchronize
+from .mock import in_a_line, kind_of_loss, mock_training, out_of_memory, run_steps, synchronize
 from .predict import fit_steps, scale_lr, sizes_between
 from .processes import is_distributed
 from .result import SweepResult, keep_result, least_and_why
@@ -209,6 +210,7 @@ class _Sweep:
             for lr in self.lrs or [self.lr]: check_opt(self.learn.opt, lr)
             run_steps(self.learn, None, lambda seconds: True)
             self.opt = 'adam' if normalizes(self.learn.opt) else 'sgd'
+        self.loss = kind_of_loss(self.learn)
         self.watch.batches = _fixed_batches(self.learn, n_eval)
 
     def is_done(self, row, bs, lr, most):
@@ -261,7 +263,7 @@ def search(self:_Sweep, bs):
         return
     done = {row['bs']: row for row in self.best() if row['bs'] in self._searched}
     near = min(done, key=lambda b: abs(math.log(b/bs)), default=None)
-    lr0 = scale_lr(*(self.lr, self.bs0) if near is None else (done[near]['lr'], near), bs, self.noise_scale, self.opt)
+    lr0 = scale_lr(*(self.lr, self.bs0) if near is None else (done[near]['lr'], near), bs, self.noise_scale, self.opt, self.loss)
     most = min((_longer_than_other_sizes*row['steps']*max(b/bs, 1) for b,row in done.items() if row['reached']), default=math.inf)
     scores = {}
     def score(i):

@@ -23,9 +23,12 @@ from fastai.callback.training import GradientAccumulation
 from fastai.learner import Recorder, ValueMetric
 from fastai.torch_core import set_seed
 from .accumulate import AccumulateGrads, AsideCallback
+from .batches import loss_inputs, n_examples, part_of
 from .checks import check_whole
 from .interrupt import CtrlC
-from .loaders import batch_size, len_or_none, n_examples, second_loader
+from .loaders import batch_size, len_or_none, second_loader
+from .losses import BatchLoss
+from .order import BatchOrder
 from .metric import OptMeter, normalizes
 from .mock import in_a_line, loss_scale, out_of_memory, synchronize
 from .noise import noise_and_scale, sq_norms, Noise, NoiseAverage
@@ -127,12 +130,22 @@ _silent = ParamScheduler, GradientAccumulation, TrainEvalCallback, Recorder
 class _TakeGradient(Callback):
     "Hands the gradients to a meter, before any other callback sees them"
     order = -100
-    def __init__(self, meter): self.meter,self.loss_sum = meter,0.
+    def __init__(self, meter, batch_loss): self.meter,self.batch_loss,self.loss_sum = meter,batch_loss,0.
+
+    def _weight(self):
+        "What the batch weighs; `None` where its examples do"
+        if not self.meter.n_batch:
+            self.batch_loss.look(*loss_inputs(self.learn))
+            self.weighs = self.batch_loss.kind == 'weighted'
+        return self.batch_loss.weight(*loss_inputs(self.learn)) if self.weighs else None
+
     def after_backward(self):
         params,bs,scale = self.meter.params,n_examples(self.learn),loss_scale(self.learn)
         if bs and any(p.grad is not None for p in params):
-            added = self.meter.sums.add([p.grad for p in params], bs, scale or 1., skip_nonfinite=scale is not None)
-            if added: self.loss_sum = self.loss_sum + self.learn.loss.detach().mean()*bs
+            weight = self._weight()
+            summed = bs if self.batch_loss.kind == 'sum' else 1
+            added = self.meter.sums.add([p.grad for p in params], bs, (scale or 1.)*summed, scale is not None, weight)
+            if added and weight != 0: self.loss_sum = self.loss_sum + self.learn.loss.detach().mean()*bs
         for p in params: p.grad = None
         raise CancelBatchException  # the gradient was all that was wanted of the batch
 
@@ -170,7 +183,7 @@ class OwnPass(Collector):
 
     def measure(self):
         "A measurement at the present weights, after which everything else is what it was"
-        learn,ctrl_c,take = self.learn,CtrlC(),_TakeGradient(self.meter)
+        learn,ctrl_c,take = self.learn,CtrlC(),_TakeGradient(self.meter, self.tracker.batch_loss)
         params = list({id(p): p for p in (*self.meter.params, *learn.model.parameters())}.values())
         cbs = L(o for o in learn.cbs if any(hasattr(o, e) for e in _shaping) and not isinstance(o, (*_silent, NoiseScale)))
         but = [*training_tensors(learn), *(o for o in learn.cbs if not any(o is c for c in cbs))]
@@ -267,7 +280,8 @@ class _BatchByBatch(Collector):
         self._unhook()
         grads,self._grads = self._grads,None
         if any(g is not None for g in grads):
-            self.sq_norm_sum,self.loss_sum = self.sq_norm_sum + self._sq_norms(grads)*bs,self.loss_sum + self.learn.loss.detach().mean()*bs
+            summed = bs if self._look() == 'sum' else 1
+            self.sq_norm_sum,self.loss_sum = self.sq_norm_sum + self._sq_norms(grads)*bs/summed**2,self.loss_sum + self.learn.loss.detach().mean()*bs
             self.n_batches,self.n_examples = self.n_batches + 1,self.n_examples + bs
         self.step_seconds += max(seconds - (self._usual_seconds or seconds), 0.) + time.perf_counter() - start
 
@@ -284,7 +298,16 @@ class _BatchByBatch(Collector):
         metrics = (sq_norms, self.meter.metric)[:1 + self.meter.metric.adaptive]
         return torch.stack([f(grads) for f in metrics])/(loss_scale(self.learn) or 1.)**2
 
-    def _sq_norms_of_mean(self): return self._sq_norms([p.grad for p in self.meter.params])
+    def _look(self):
+        "What the loss is"
+        loss,window = self.tracker.batch_loss,accumulation(self.learn)
+        if window: loss = self.tracker.batch_loss = window.batch_loss
+        elif not loss.kind: loss.look(*loss_inputs(self.learn))
+        return loss.kind
+
+    def _sq_norms_of_mean(self):
+        summed = self.n_examples if self.tracker.batch_loss.kind == 'sum' else 1
+        return self._sq_norms([p.grad for p in self.meter.params])/summed**2
 
 # %% ../nbs/43_track.ipynb #4addf554
 class Window(_BatchByBatch):
@@ -342,8 +365,7 @@ class AllProcesses(_BatchByBatch):
         self.collects = False  # the average is there, so what is known of this step is complete
         synchronize(self.learn.loss.device)
         start,window = time.perf_counter(),accumulation(self.learn)
-        weight = n_examples(self.learn)/window.count if window else 1.  # that `AccumulateGrads` has yet to give it
-        mean = self._sq_norms_of_mean()*weight**2 if self.n_batches else None
+        mean = self._sq_norms_of_mean()*(window.rest_factor if window else 1.)**2 if self.n_batches else None
         self._steps.append((self.sq_norm_sum, mean, self.n_batches, self.n_examples, self.n_examples**2, float(self.loss_sum)))
         self.schedule.spend(self.step_seconds + time.perf_counter() - start)
         if len(self._steps) == self._n_steps: self._add_up()
@@ -372,6 +394,8 @@ def _add_up(self:AllProcesses):
     schedule.end(schedule.seconds - self._seconds_before, taken)
 
 # %% ../nbs/43_track.ipynb #11b01695
+_most_noted = 300
+
 class NoiseScale(AsideCallback):
     "Measure the noise scale along a training, without a trace in it: `learn.recorder.noise_scale`, and a column in the progress table and in loggers"
     order,run_valid = AccumulateGrads.order + 1,False
@@ -390,6 +414,7 @@ class NoiseScale(AsideCallback):
         self.every,self.n_batch,self.beta,self.share = every,n_batch,beta,share
         self._column = ValueMetric(self._latest, 'noise_scale')
         self.columns,self.rows,self.adaptive,self.out_of_memory,self.error,self.schedule = [self._column],[],False,False,'',Schedule(every, share)
+        self.batch_loss,self.order_of_batches,self._alike = BatchLoss(),BatchOrder(),False
         self._release()
 
     seconds = property(lambda self: self.schedule.seconds, doc="Seconds of measuring so far")
@@ -414,6 +439,7 @@ class NoiseScale(AsideCallback):
             raise ValueError("An epoch is a single batch, and the noise scale takes two: "
                              "train with smaller batches, or accumulate the gradients of several, AccumulateGrads")
         self.rows,self.adaptive,self.out_of_memory,self.error,self._n_steps,self._n_samples = [],False,False,'',0,0
+        self.batch_loss,self.order_of_batches,self._alike = BatchLoss(),BatchOrder(),False
         self.schedule,self.meter = Schedule(self.every, self.share),OptMeter(self.opt, self.beta)
         self._collectors = {kind: kind(self) for kind in ((AllProcesses,) if several else (OwnPass, Window))}
         self._collector = next(iter(self._collectors.values()))  # until there is a batch to pick by
@@ -440,6 +466,8 @@ class NoiseScale(AsideCallback):
                 warnings.warn(f"NoiseScale measures no more in this training, which goes on without it: a measurement failed ({self.error})")
 
     def before_backward(self):
+        order = self.order_of_batches
+        if len(order.batches) < _most_noted: order.add(self.xb, self.yb, n_examples(self.learn), partial(part_of, self.learn))
         self._pick()
         self._forward('before_backward')
 
@@ -477,6 +505,7 @@ class NoiseScale(AsideCallback):
             self.learn.metrics = L(o for o in self.learn.metrics if not any(o is c for c in self.columns))
         if self.meter:
             self.schedule.stop_clock()
+            self._alike = self.order_of_batches.alike()
             self._publish()
         self._release()
 
@@ -493,7 +522,7 @@ def result(self:NoiseScale) -> NoiseScaleResult:
     stats = pd.DataFrame(self.rows, columns=['batch', 'epoch', 'step', 'samples', 'loss', 'bs', 'lr', *average.columns(), *average.columns('opt_')])
     opt = 'adam' if self.adaptive else 'sgd'
     return NoiseScaleResult(stats, self.n_batch, self.beta, self.every, self.share, opt, self.seconds, self.train_seconds, self.out_of_memory,
-                            self.error)
+                            self.error, self.batch_loss.kind, self._alike)
 
 @patch(as_prop=True)
 def stats(self:NoiseScale) -> pd.DataFrame:

@@ -88,6 +88,8 @@ gaps = {'ended': "the data, or a callback, ended each one early", 'no gradient':
 
 hindrances = {'between': "What an example adds to this loss depends on the others of its batch, as in a contrastive loss. What a larger batch would do is "
                          "therefore not a matter of noise, and there is no advice: try some batch sizes, learn.bs_sweep()",
+              'mixed': "Two trainings take turns here, as those of a GAN do: some batches give a gradient to other parameters than others. Their "
+                       "noise scales are two different numbers: measure each by itself, with the parameters of the other frozen",
               'alike': "The training loader does not draw its batches at random: those that follow each other are more alike than those far apart. "
                        "What they say of the noise does not hold for other batch sizes: shuffle the training data, then ask again"}
 
@@ -196,7 +198,8 @@ def _about_loss(result):
     run,bs = result.run,result.advised
     if run.loss == 'sum' and run.opt == 'sgd' and bs != run.bs:
         return "The loss is summed over the batch, so larger batches make larger steps by themselves: that is why lr does not grow along."
-    if run.uneven > _uneven: return f"The examples of this loss weigh so differently that bs={run.bs} tells too small a noise scale: measure with larger batches."
+    if run.uneven > _uneven:
+        return f"The examples of this loss weigh so differently that bs={run.bs} tells too small a noise scale: measure with larger batches."
 
 def _leaves_few_steps(result):
     run,bs = result.run,result.advised
@@ -334,6 +337,7 @@ def noise_scale_summary(
     where,last = f"{len(x)} measurement{'s' if len(x) > 1 else ''} of the noise scale, {share:.1%} of the training time",x.iloc[-1]
     if result.out_of_memory: where += ", until there was not enough memory for more"
     if result.error: where += f", until one failed ({result.error})"
+    if result.hindrance: return f"{where}. {hindrances[result.hindrance]}."
     known = (x.noise_scale > 0).any() and (last.noise_scale > 0 or last.hi == math.inf) and not (last.hi == math.inf and last.lo < 1)
     if not known: return f"{where}: the gradient drowns in its noise. Take more batches per measurement, n_batch={4*result.n_batch} for example."
     at_end = f"at least {as_number(last.lo)}" if last.hi == math.inf else as_number(last.noise_scale)

@@ -48,6 +48,9 @@ def frozen(o, seen):
     return [type(o), id(o) if hasattr(o, '__dict__') else None, res, {k: sub(v) for k,v in {**getattr(o, '__dict__', {}), **slots}.items()}]
 
 
+def random_states(): return random.getstate(),str(np.random.get_state()),torch.get_rng_state().tolist()
+
+
 def state(learn):
     "All that a training could change: what can be reached from the learner, and the global random generators and autocast"
     return dict(learn=frozen(learn, {}), flags=[m.training for m in learn.model.modules()], autocast=(torch.is_autocast_enabled('cpu'), torch.is_autocast_enabled('cuda')),

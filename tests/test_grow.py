@@ -9,12 +9,12 @@ from fastai.callback.schedule import ParamScheduler
 from fastai.callback.training import GradientAccumulation, ShortEpochCallback
 
 from fastai_bs_finder.accumulate import AccumulateGrads
+from fastai_bs_finder.batches import n_examples
 from fastai_bs_finder.demo import digits_learner
 from fastai_bs_finder.finder import *
 from fastai_bs_finder.grow import GrowBatch
 from fastai_bs_finder.predict import scale_lr
 from fastai_bs_finder.set_bs import *
-from fastai_bs_finder.loaders import n_examples
 from fastai_bs_finder.track import NoiseScale
 from footprint import changes, state
 from learners import digits

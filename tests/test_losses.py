@@ -133,7 +133,7 @@ def test_a_piece_in_which_nothing_counts_is_left_out():
 
 def test_accumulating_what_is_between_examples_warns():
     learn = digits_learner(bs=16)
-    learn.loss_func = lambda z, t: F.cross_entropy(z @ z.T, torch.arange(len(z)))
+    learn.loss_func = between
     with pytest.warns(UserWarning, match='depends on the others of its batch'), learn.no_bar(), learn.no_logging(): learn.fit(1, .01, cbs=AccumulateGrads(64))
 
 
@@ -199,7 +199,7 @@ class Centered(nn.Module):
 def pairs(z, t): return F.cross_entropy(z, torch.arange(len(z))) + F.cross_entropy(z.T, torch.arange(len(z)))
 
 
-@pytest.mark.parametrize('model,loss', [(OfAllPairs, pairs), (Centered, CrossEntropyLossFlat()), (None, lambda z, t: F.cross_entropy(z @ z.T, torch.arange(len(z)))),
+@pytest.mark.parametrize('model,loss', [(OfAllPairs, pairs), (Centered, CrossEntropyLossFlat()), (None, lambda z, t: between(z, t)),
                                         (None, lambda p, t: triplets(p, t)), (None, barlow)])
 def test_no_advice_where_examples_depend_on_each_other(model, loss):
     learn = digits_learner(bs=16)
@@ -238,3 +238,83 @@ def test_the_advice_for_a_sum_is_that_for_its_mean():
     of_mean,of_sum = tables
     np.testing.assert_allclose(of_sum.steps, of_mean.steps, rtol=1e-3)
     np.testing.assert_allclose((of_sum.lr*of_sum.index).astype(float), of_mean.lr.astype(float), rtol=1e-3)
+
+
+def noise_scales(reduction, lr, bs, n_acc):
+    "Noise and scale along a training"
+    set_seed(0)
+    learn = digits_learner(bs=bs)
+    learn.loss_func = CrossEntropyLossFlat(reduction=reduction)
+    cbs = [NoiseScale(share=None, every=20), *([AccumulateGrads(n_acc)] if n_acc else [])]
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, lr, cbs=cbs)
+    return learn.recorder.noise_scale[['raw_noise', 'raw_scale']]
+
+
+@pytest.mark.parametrize('bs,n_acc', [(16, None), (8, 64)])
+def test_noise_along_a_training_with_a_sum_is_that_with_its_mean(bs, n_acc):
+    of_mean,of_sum = (noise_scales(reduction, lr, bs, n_acc) for reduction,lr in (('mean', .16), ('sum', .16/(n_acc or bs))))
+    assert len(of_mean) > 3
+    np.testing.assert_allclose(of_sum, of_mean, rtol=.02, atol=1e-3)
+
+
+@pytest.mark.parametrize('reduction', ('mean', 'sum'))
+def test_growing_follows_the_loss(reduction):
+    "Twice the batch at up to twice the learning rate of a mean, and at half of that of a sum"
+    set_seed(0)
+    learn = digits_learner(bs=8)
+    learn.loss_func = CrossEntropyLossFlat(reduction=reduction)
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, .1 if reduction == 'mean' else .0125, cbs=GrowBatch(NoiseScale(share=None, every=10), lr_rule='linear'))
+    changes = learn.recorder.bs_changes
+    assert len(changes) > 1 and (changes.lr_factor == (changes.bs/8 if reduction == 'mean' else 1)).all()
+
+
+def between(z, t): return F.cross_entropy(z @ z.T, torch.arange(len(z)))
+
+
+def test_no_pieces_of_what_is_between_examples():
+    learn = digits_learner(bs=16)
+    learn.loss_func = between
+    before = {k: v.clone() for k,v in learn.model.state_dict().items()}
+    with pytest.raises(ValueError, match='bs=128 does not fit, 32 examples do, and it cannot be taken in pieces here.* Give 32 or less'): learn.set_bs(128, fits=32)
+    assert learn.dls.bs == 16 and not any(isinstance(o, AccumulateGrads) for o in learn.cbs) and learn.opt is None
+    assert all(torch.equal(v, before[k]) for k,v in learn.model.state_dict().items())
+    learn.set_bs(32, fits=32)
+
+
+def test_a_training_with_what_is_between_examples_says_so(capsys):
+    learn = digits_learner(bs=16)
+    learn.loss_func = between
+    with learn.no_bar(): learn.fit(1, .01, cbs=GrowBatch(NoiseScale(share=None, every=20)))
+    assert 'depends on the others of its batch' in capsys.readouterr().out.replace('\n', ' ')
+    assert len(learn.recorder.bs_changes) == 1
+
+
+class TakeTurns(Callback):
+    "As a GAN's: in some batches only the first half of the model is trained, in others the second"
+    def __init__(self, rhythm): self.rhythm = rhythm
+    def before_batch(self):
+        on = self.rhythm[self.train_iter % len(self.rhythm)]
+        for i,m in enumerate(self.model):
+            for p in m.parameters(): p.requires_grad_(on in (i, 2))
+
+
+class SkipAtRandom(nn.Module):
+    "A layer that is skipped in a fifth of the batches (stochastic depth)"
+    def __init__(self): super().__init__(); self.a,self.b = nn.Linear(64, 64),nn.Linear(64, 10)
+    def forward(self, x): return self.b(x + self.a(x) if torch.rand(()) > .2 else x)
+
+
+@pytest.mark.parametrize('rhythm', ([0, 1], [0, 0, 1], [0, 2], [1, 2, 2, 2]))
+def test_two_trainings_that_take_turns(rhythm):
+    learn = digits_learner(bs=16, cbs=TakeTurns(rhythm))
+    learn.model = nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 10))
+    with learn.no_bar(), learn.no_logging(): sug = learn.bs_find(.01, 100, 5, show_plot=False, profile=False)
+    result = learn.recorder.bs_result
+    assert set(sug) == {None} and result.table is None and str(result).startswith('Two trainings take turns here')
+
+
+def test_layers_that_are_skipped_at_random_are_one_training():
+    learn = digits_learner(bs=16)
+    learn.model = SkipAtRandom()
+    with learn.no_bar(), learn.no_logging(): learn.bs_find(.01, 100, 5, show_plot=False, profile=False)
+    assert learn.recorder.bs_result.hindrance == '' and learn.recorder.bs_result.table is not None

@@ -8,10 +8,11 @@ from fastai.callback.training import GradientAccumulation
 from hypothesis import given, strategies as st
 
 from fastai_bs_finder.accumulate import AccumulateGrads, micro_bs
+from fastai_bs_finder.batches import n_examples
 from fastai_bs_finder.finder import *
 from fastai_bs_finder.memory import *
 from fastai_bs_finder.set_bs import *
-from fastai_bs_finder.loaders import batch_size, n_examples, n_train_examples
+from fastai_bs_finder.loaders import batch_size, n_train_examples
 from fastai_bs_finder.demo import digits_learner
 from footprint import changes, forget, state
 from learners import Learner, applications, digits, loaders, maker, mlp, nn
@@ -230,7 +231,7 @@ def test_what_is_suggested_for_a_batch_norm_can_be_trained_with(bs):
     learn = normalizing(1281, bs)
     with learn.no_bar(), learn.no_logging():
         was = state(learn)
-        sug = learn.bs_find(.1, num_it=100, show_plot=False)
+        sug = learn.bs_find(.1, num_it=100, show_plot=False, profile=1.)
         result = learn.recorder.bs_result
         assert not result.profile.trouble and result.run.stopped == ''
         forget(learn)
