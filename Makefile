@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help install data demo test test-all oldest table notebooks short readme docs bench training clean
+.PHONY: help install data demo test test-all oldest ecosystem table notebooks short readme docs bench training clean
 
 help:
 	@echo "make demo       find the batch size of a small learner: ends in under a minute"
@@ -11,6 +11,7 @@ help:
 	@echo "make test-all   run the tests marked slow, too"
 	@echo "make data       fetch the data sets that tests need into .data, or FASTAI_HOME: tests skip what is not there"
 	@echo "make oldest     run pytest with the oldest versions supported, in an environment of its own"
+	@echo "make ecosystem  try tsai, timm, transformers and fasterai as they are today, in an environment of its own, for the table"
 	@echo "make table      run the tests that make the table of what bs_find works with"
 	@echo "make notebooks  execute every notebook afresh and keep its outputs"
 	@echo "make short      execute the notebooks with real trainings, shortened, into build/short; needs FASTAI_HOME"
@@ -50,6 +51,12 @@ oldest:
 	.venv-oldest/bin/python -m pip install -q --no-deps -e .
 	.venv-oldest/bin/python -m pytest -n 2 -m '' $(addprefix --ignore tests/test_,docs.py project.py types.py jupyter.py)
 
+ecosystem:
+	$(PYTHON) -m venv .venv-ecosystem
+	.venv-ecosystem/bin/python -m pip install -q -U -r tests/ecosystem.txt
+	.venv-ecosystem/bin/python -m pip install -q -e .
+	.venv-ecosystem/bin/python -m pytest -n 2 -m '' tests/test_ecosystem.py --works-with tests/works_with.csv
+
 table: install
 	$(BIN)/python -m pytest -n 2 tests/test_applications.py tests/test_callbacks.py --works-with tests/works_with.csv
 
@@ -76,4 +83,4 @@ training: $(VENV)/.bench
 	$(BIN)/python -W ignore benchmarks/training.py
 
 clean:
-	rm -rf $(VENV) .venv-oldest _docs build dist *.egg-info
+	rm -rf $(VENV) .venv-oldest .venv-ecosystem _docs build dist *.egg-info

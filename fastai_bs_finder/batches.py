@@ -22,6 +22,7 @@ from fastai.learner import Learner
 from fastai.text.data import LMDataLoader
 from fastai.torch_core import to_device
 from .loaders import batch_size, dealt_out, len_or_none, n_items, untouched
+from .losses import like
 
 # %% ../nbs/25_batches.ipynb #3049fa5d
 _sizes = 4, 6, 10  # even: some collate pairs
@@ -202,11 +203,6 @@ def count_examples(self:Learner,
     return self
 
 # %% ../nbs/25_batches.ipynb #16409a11
-def _like(o, values):
-    "A container like `o`"
-    if isinstance(o, Mapping): return type(o)(dict(zip(o, values)))
-    return type(o)(*values) if hasattr(o, '_fields') else type(o)(values)
-
 def _sliced(o, axis, start, stop): return o[(slice(None),)*axis + (slice(start, stop),)] if _is_tensor(o) else o[start:stop]
 
 def _uncut(o, n):
@@ -216,7 +212,7 @@ def _uncut(o, n):
 def _cut(o, start, stop, n, axis_of, path=()):
     axis = axis_of(path, o)
     if axis is not None: return _sliced(o, axis, start, stop) if axis >= 0 else o
-    if isinstance(o, (Mapping, list, tuple, L)): return _like(o, [_cut(v, start, stop, n, axis_of, (*path, k)) for k,v in _children(o)])
+    if isinstance(o, (Mapping, list, tuple, L)): return like(o, [_cut(v, start, stop, n, axis_of, (*path, k)) for k,v in _children(o)])
     if o is None or isinstance(o, (str, bool)): return o
     raise _uncut(o, n)
 
@@ -246,7 +242,9 @@ def part_of(
     usual = [layout.axes[path][0] for path in parts if path in layout.axes]
     def axis_in_predictions(path, v):
         ls = _lengths(v)
-        if not _is_tensor(v): return 0 if ls == (n,) and not any(n in _lengths(c) for c in _parts(v).values() if _is_tensor(c)) else None
+        if not _is_tensor(v) and ls == (n,) and not any(n in _lengths(c) for c in _parts(v).values() if _is_tensor(c)): return 0
+        if isinstance(v, (Mapping, list, tuple, L)): return None
+        if not _is_tensor(v) or not ls: return -1  # all examples have it in common: a loss that the model computed, a cache
         return next((a for a in usual if a < len(ls) and ls[a] == n), ls.index(n) if n in ls else None)
 
     return _cut(o, start, stop, n, axis_in_predictions if offset is None else axis_in_batch)

@@ -76,7 +76,7 @@ def pytest_runtest_setup(item):
     if item.get_closest_marker('cuda') and not torch.cuda.is_available(): pytest.skip('needs a GPU')
 
 
-def pytest_addoption(parser): parser.addoption('--works-with', metavar='FILE', help='write the table of what bs_find works with to this CSV file')
+def pytest_addoption(parser): parser.addoption('--works-with', metavar='FILE', help='write the rows of what bs_find works with, by the tests that run, into this CSV file; others stay')
 
 
 def pytest_terminal_summary(terminalreporter, config):
@@ -85,6 +85,7 @@ def pytest_terminal_summary(terminalreporter, config):
     reports = [r for r in terminalreporter.getreports('passed') + terminalreporter.getreports('failed') if r.when == 'call']
     cells = [(*cell, 'yes' if r.passed else 'no') for r in reports for key,cell in r.user_properties if key == 'works with']
     table = pd.DataFrame(cells, columns=['kind', 'name', 'column', 'value']).pivot(index=['kind', 'name'], columns='column', values='value')
+    if Path(file).exists(): table = table.combine_first(pd.read_csv(file, index_col=['kind', 'name']))
     table[['works', 'footprint-free']].to_csv(file)
 
 

@@ -1,5 +1,6 @@
 "What a loss is, what batches weigh in it, and what follows for measurements and accumulated gradients"
 import random
+from collections import OrderedDict, UserDict, namedtuple
 from functools import partial
 
 import numpy as np, pytest, torch
@@ -141,6 +142,60 @@ def test_accumulated_sentences_of_different_lengths(lengths, bs, time_first, see
     items = [(torch.randn(7, 4), F.pad(torch.randint(0, classes, (k,)), (0, 7 - k), value=-100)) for k in lengths]
     def collate(b): return tuple(torch.stack(o, int(time_first)) for o in zip(*b))
     assert_same_step(nn.Linear(4, classes), items, min(bs, len(items) - 1), tokens, collate)
+
+
+class ByAttribute(OrderedDict):
+    "A dictionary whose values are attributes, too, as Hugging Face's models return it"
+    def __getattr__(self, k):
+        try: return self[k]
+        except KeyError as e: raise AttributeError(k) from e
+
+
+class Wrapped(UserDict):
+    "A mapping that is no `dict`, as Hugging Face's tokenizers return it"
+
+
+class Cache:
+    "What a model hands on for the next call, and cannot be cut into examples"
+
+
+class Returns(nn.Module):
+    "A model whose output is a structure of some class"
+    def __init__(self, make):
+        super().__init__()
+        self.lin,self.make = nn.Linear(4, classes),make
+
+    def forward(self, x): return self.make(self.lin(x))
+
+
+Named = namedtuple('Named', 'logits hidden')
+outputs = {
+    'attributes': (lambda p: ByAttribute(logits=p, hidden=None), lambda o: o.logits),
+    'named': (lambda p: Named(p, (p, p)), lambda o: o.logits),
+    'wrapped': (lambda p: Wrapped(logits=p), lambda o: o['logits']),
+    'list': (lambda p: [p, 'name'], lambda o: o[0]),
+    'a loss of its own beside them': (lambda p: ByAttribute(loss=p.mean(), logits=p), lambda o: o.logits),
+    'a cache beside them': (lambda p: ByAttribute(logits=p, past=Cache()), lambda o: o.logits),
+}
+
+
+@pytest.mark.parametrize('name', outputs)
+def test_what_a_model_returns_keeps_its_class(name):
+    "A loss over words, by a function that looks into it; sentences of several lengths"
+    make,logits_of = outputs[name]
+    torch.manual_seed(0)
+    items = [(torch.randn(7, 4), F.pad(torch.randint(0, classes, (k,)), (0, 7 - k), value=-100)) for k in (1, 7, 2, 6, 3, 1, 1, 7, 5)]
+    assert_same_step(Returns(make), items, 3, lambda o, t: tokens(logits_of(o), t))
+
+
+def test_a_loss_that_the_model_computed_is_not_judged_by_its_predictions():
+    "It stays what it is, whatever becomes of them"
+    torch.manual_seed(0)
+    learn = Learner(digits_learner(bs=16).dls, digits_learner().model, loss_func=lambda o, t: o.loss)
+    learn.model = Returns(lambda p: ByAttribute(loss=p.pow(2).mean(), logits=p))
+    learn.model.lin = nn.Linear(64, classes)
+    learn.bs_find(.01, 40, 4, show_plot=False, profile=False)
+    assert learn.recorder.bs_result.run.loss == 'mean'
 
 
 def test_a_piece_in_which_nothing_counts_is_left_out():
