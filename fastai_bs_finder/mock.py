@@ -247,7 +247,7 @@ def in_a_line(
     error:Exception, # What a training step raised
 ) -> str: # Its first line that is not about where it happened; 150 characters at most
     "What an error says, for a sentence"
-    return next((l.strip().rstrip('.') for l in str(error).splitlines() if l.strip() and not _where.match(l)), type(error).__name__)[:150]
+    return next((l.strip().rstrip('.') for l in str(error).splitlines() if l.strip() and not _where.match(l.lstrip('\t'))), type(error).__name__)[:150]
 
 # %% ../nbs/30_mock.ipynb #f4dd59a0
 class LockStep:
