@@ -105,7 +105,8 @@ class _Experiment:
         changes = np.array([self.P_changes, Q_changes])
         with np.errstate(all='ignore'):
             self.shares = (np.array([loss(self.P_altered + Q), loss(P + Q_altered)]) - both)/changes
-            self.rounding = 20*self.eps*max(map(abs, self.losses))/abs(changes).min()  # of the shares
+            self.rounding = 20*self.eps*max(map(abs, self.losses))/min(abs(c) for c in changes if c)  # of the shares
+        self.twice = loss(P + P)/self.losses[1]
 
     def loss(self, loss_func, part):
         loss = _loss(loss_func, part.to(self.dtype))
@@ -122,7 +123,8 @@ class _Experiment:
     def kind(self):
         (p,q),(both,of_p,of_q),tol = self.shares,self.losses,max(1e-4, 5*self.rounding)
         def near(x, y): return abs(x - y) < tol
-        if not np.isfinite([*self.losses, *self.shares]).all() or tol > .01: return ''
+        if tol > .01 or not np.isfinite([*self.losses, p]).all(): return ''
+        if not np.isfinite(q): return 'sum' if near(p, 1) and near(self.twice, 2) else ''  # nothing counts in Q
         if near(p, 1) and near(q, 1): return 'sum'
         if not near(p + q, 1) or abs(p*of_p + q*of_q - both) > tol*max(map(abs, self.losses)): return 'between'
         return 'mean' if near(p, self.P.n/self.n) else 'weighted'
