@@ -309,6 +309,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'fastai_bs_finder.losses._own_reduction': ( 'losses.html#_own_reduction',
                                                                                      'fastai_bs_finder/losses.py'),
                                          'fastai_bs_finder.losses._ratio': ('losses.html#_ratio', 'fastai_bs_finder/losses.py'),
+                                         'fastai_bs_finder.losses._stand_in': ('losses.html#_stand_in', 'fastai_bs_finder/losses.py'),
                                          'fastai_bs_finder.losses._weight_by_reduction': ( 'losses.html#_weight_by_reduction',
                                                                                            'fastai_bs_finder/losses.py'),
                                          'fastai_bs_finder.losses.like': ('losses.html#like', 'fastai_bs_finder/losses.py')},

@@ -63,7 +63,7 @@ class AccumulateGrads(TidyCallback, GradientAccumulation):
         n_acc:int=32, # Number of examples per step, on each process; the micro-batch that reaches it completes the window
     ):
         check_whole('n_acc', n_acc, 1)
-        self.n_acc,self.count,self.stays,self.batch_loss = n_acc,0,False,None
+        self.n_acc,self.count,self.stays,self.batch_loss = n_acc,0,False,BatchLoss()
 
     def tidy(self):
         "Drop a window that has not been stepped"

@@ -278,6 +278,7 @@ def profile_learner(
     seconds = processes.agree(median(step_seconds) if len(step_seconds) > 2 else math.nan, np.max)
     sizes = _sizes_that_work(learn, bs, budget/3, processes)
     result = result.changed(step_time={} if math.isnan(seconds) else {bs: float(seconds)}, **sizes)
+    end = max(end, time.perf_counter() + budget/2)  # whatever that took
 
     def timed(result, sizes, seconds):
         known = result.profile

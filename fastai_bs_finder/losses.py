@@ -9,10 +9,12 @@ __all__ = ['like', 'BatchLoss']
 import math, random
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 from functools import partial
 
 import numpy as np, torch
 import torch.nn.functional as F
+from torch import nn
 from torch.nn.modules.loss import _WeightedLoss
 from torch.overrides import TorchFunctionMode
 from fastcore.basics import patch
@@ -160,6 +162,10 @@ def _weight_by_reduction(loss_func, part):
         if not divisors.found: raise
         return sum(divisors.found)
 
+def _stand_in(loss_func):
+    "A copy of a loss that may keep something of what it sees (a queue of negatives, running means); any other itself"
+    return deepcopy(loss_func) if isinstance(getattr(loss_func, 'func', loss_func), nn.Module) and not _own_reduction(loss_func) else loss_func
+
 _most_kept,_most_numbers,_most_tries = 32,2**22,5  # examples to compare other batches with; predictions in an experiment; batches to look at
 
 class BatchLoss:
@@ -183,6 +189,7 @@ class BatchLoss:
         self._tries += 1
         with _aside():
             try:
+                loss_func = _stand_in(loss_func)
                 any(self._take(loss_func, P, Q) for P,Q in self._divisions(pred, yb, n, cut))
             except Exception: pass  # the loss takes whole batches only, has random numbers of its own, or targets that cannot be divided
 
@@ -190,7 +197,7 @@ class BatchLoss:
         "What a batch weighs in the loss of several; the parameters are those of `look`"
         if self.kind == 'sum': return 1.
         with _aside():
-            try: weight = self._weigh(loss_func, self._part(pred, yb, n, cut))
+            try: weight = self._weigh(_stand_in(loss_func), self._part(pred, yb, n, cut))
             except Exception: return float(n)  # it does not fit beside the examples that were kept
         return float(n) if abs(weight/n - 1) < 3e-6 else weight
 

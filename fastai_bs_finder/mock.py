@@ -26,7 +26,7 @@ from .loaders import Passes, draw_few, leave_out_one, len_or_none, n_train_examp
 from .losses import BatchLoss
 from .noise import GradSums
 from .processes import Processes, before_broadcast, is_distributed, processes_of, trainers
-from .snapshot import Snapshot, no_footprint
+from .snapshot import no_footprint
 
 # %% ../nbs/30_mock.ipynb #97db4851
 _aside = (progress.ProgressCallback, progress.CSVLogger, GradientAccumulation)
@@ -153,10 +153,12 @@ def run_steps(
     n = processes_of(learn).examples(n_train_examples(learn))
     leave_out_one(learn.dls.train, learn.model, n and processes_of(learn).each(n))
     draw_few(learn.dls.train)
-    cb,snapshot = in_step(TimedSteps, learn)(enough),Snapshot(learn, [learn.dls, *learn.dls.loaders, learn.model, learn.opt])
+    cb,before = in_step(TimedSteps, learn)(enough),[(vars(o), dict(vars(o))) for o in (learn, *learn.cbs)]
     try: learn.fit(10**9, 0., cbs=cb)
-    except Exception:
-        snapshot.restore()  # a callback that was broken off, MixUp for example, would fail at the next size
+    except Exception:  # a callback that was broken off, MixUp for example, would fail at the next size
+        for attrs,were in before:
+            attrs.clear()
+            attrs.update(were)
         raise
     return cb
 
@@ -245,7 +247,7 @@ def in_a_line(
     error:Exception, # What a training step raised
 ) -> str: # Its first line that is not about where it happened; 150 characters at most
     "What an error says, for a sentence"
-    return next((l.strip().rstrip('.') for l in str(error).splitlines() if l.strip() and not _where.match(l)), type(error).__name__)[:150]
+    return next((l.strip().rstrip('.') for l in str(error).splitlines() if l.strip() and not _where.match(l.lstrip('\t'))), type(error).__name__)[:150]
 
 # %% ../nbs/30_mock.ipynb #f4dd59a0
 class LockStep:

@@ -82,7 +82,7 @@ class BatchOrder:
         if self.axes is None and n > 1:
             self.axes = {f'.{i}{name}': axis for i,o in enumerate((xb, yb)) for name,axis in _example_axes(o, cut).items()}
             self.n,self.n_inp = n,len(xb)
-        if n == self.n and len(self.batches) < _most_batches: self.batches.append(self._consists_of((xb, yb)))
+        if self.axes and n == self.n and len(self.batches) < _most_batches: self.batches.append(self._consists_of((xb, yb)))
 
     def _consists_of(self, batch, rows=slice(None)):
         return {name: _numbers(t, self.axes[name], rows) for name,t in _tensors(batch).items() if name in self.axes}

@@ -604,7 +604,7 @@ def no_target(learn): learn.dls.train.after_batch = lambda b: (b[0],)
     (dict(lr='0.1'), None, r"lr='0.1' is not a learning rate"),
     (dict(suggest_funcs=lambda stats: 3), None, r'suggest_funcs are called <lambda>: .* a name of its own'),
     (dict(suggest_funcs=(critical, partial(critical))), None, r'suggest_funcs are called critical, critical'),
-    ({}, lambda l: l.dls.loaders.__setitem__(0, DataLoader([], bs=16)), r'training loader is empty: 0 examples make no batch of bs=16'),
+    ({}, lambda l: l.dls.loaders.__setitem__(0, DataLoader([], bs=16)), r'training loader has no data, as that of a learner that was exported and loaded: give the learner some, learn.dls = dls'),
     ({}, lambda l: l.dls.loaders.__setitem__(0, l.dls.train.new(bs=2000, drop_last=True)), r'empty: 1500 examples make no batch of bs=2000 with drop_last=True. Lower bs'),
     ({}, no_target, r'training loader yields no target'),
     ({}, lambda l: l.model.requires_grad_(False), r'no trainable parameters'),

@@ -59,6 +59,23 @@ def test_kinds(kind, loss, args):
     assert torch.equal(logits, before[3]) and getattr(loss, 'reduction', 'mean') != 'none'
 
 
+class Queue(nn.Module):
+    "Keeps the last predictions, to compare the next with"
+    def __init__(self): super().__init__(); self.register_buffer('last', torch.zeros(0, classes)); self.calls = 0
+    def forward(self, p, t):
+        self.calls += 1
+        self.last = torch.cat([self.last, p.detach()])[-50:]
+        return (p @ self.last.T).logsumexp(1).mean()
+
+
+def test_a_loss_that_keeps_what_it_sees_is_not_disturbed():
+    loss = Queue()
+    found = BatchLoss()
+    found.look(loss, logits, (y,), n, cut)
+    found.weight(loss, logits, (y,), n, cut)
+    assert loss.calls == 0 and len(loss.last) == 0
+
+
 def test_two_batches_of_one_example():
     for kind,loss in dict(mean=F.cross_entropy, sum=lambda p, t: F.cross_entropy(p, t, reduction='sum'), weighted=CrossEntropyLossFlat(weight=weight)).items():
         found = BatchLoss()

@@ -597,7 +597,7 @@ def test_only_the_first_process_speaks(tmp_path):
         learn.fit(2, cbs=[NoiseScale(share=None), CSVLogger(tmp_path/f'{rank}.csv')])
         learn.bs_find(num_it=40, n_batch=3, show_plot=False)
         print('end')
-    run_processes(tmp_path, 2, lambda rank: together(rank, f))
+    run_processes(tmp_path, 2, lambda rank: together(rank, f, shuffle=True))
     assert 'of the noise scale' in printed(tmp_path, 0) and 'The noise scale is' in printed(tmp_path, 0)
     assert 'noise scale' not in printed(tmp_path, 1)
 

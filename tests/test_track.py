@@ -18,6 +18,7 @@ from fastai_bs_finder.demo import digits_learner
 from fastai_bs_finder.finder import *
 from fastai_bs_finder.grow import GrowBatch
 from fastai_bs_finder.loaders import second_loader
+from fastai_bs_finder.losses import BatchLoss
 from fastai_bs_finder.metric import OptMeter
 from fastai_bs_finder.result import noise_in_use
 from fastai_bs_finder.track import AllProcesses, NoiseScale, OwnPass, Schedule, Window
@@ -635,7 +636,7 @@ def test_a_collector_by_itself(kind):
     learn.create_opt()
     learn.model.train()
     learn.training,learn.train_iter,learn.n_iter = True,0,3
-    tracker = SimpleNamespace(learn=learn, meter=OptMeter(learn.opt, .9), schedule=Schedule(every=1 if kind is AllProcesses else 3), processes=TwoAlike(), n_batch=3, rows=[], out_of_memory=False)
+    tracker = SimpleNamespace(learn=learn, meter=OptMeter(learn.opt, .9), schedule=Schedule(every=1 if kind is AllProcesses else 3), processes=TwoAlike(), n_batch=3, rows=[], out_of_memory=False, error='', batch_loss=BatchLoss())
     def note(loss, parts=None):
         tracker.rows.append(float(loss))
         return tracker.meter.end(parts)
@@ -647,7 +648,8 @@ def test_a_collector_by_itself(kind):
         learn._split(b)
         if kind is Window: window.count += 16
         else: learn.opt.zero_grad()
-        learn.loss = learn.loss_func(learn.model(*learn.xb), *learn.yb)
+        learn.pred = learn.model(*learn.xb)
+        learn.loss = learn.loss_func(learn.pred, *learn.yb)
         collector.before_backward()
         learn.loss.backward()
         collector.after_backward()
