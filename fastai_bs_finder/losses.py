@@ -16,6 +16,7 @@ import numpy as np, torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.loss import _WeightedLoss
+from torch.overrides import TorchFunctionMode
 from fastcore.basics import patch
 from fastai.layers import NoneReduce
 
@@ -138,11 +139,30 @@ def _own_reduction(loss_func):
     while isinstance(f, partial): f,reduction = f.func,f.keywords.get('reduction', reduction)
     return reduction if isinstance(getattr(f, 'func', f), _WeightedLoss) or f in _divided else None
 
+def _ratio(total, loss, n): return total/loss if total else 0. if math.isnan(loss) else float(n)
+
+class _Divisors(TorchFunctionMode):
+    "Notes what PyTorch's losses divide by that are called in the block"
+    def __init__(self, n):
+        super().__init__()
+        self.n,self.found = n,[]
+
+    def __torch_function__(self, f, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        loss = f(*args, **kwargs)
+        if f in _divided and kwargs.get('reduction', 'mean') == 'mean':
+            self.found.append(_ratio(float(f(*args, **kwargs | dict(reduction='sum'))), float(loss), self.n))
+        return loss
+
 def _weight_by_reduction(loss_func, part):
-    "The weight of a part by a loss that has a reduction; 1 where that is a sum"
-    with NoneReduce(loss_func) as f: total = float(f(part.pred, *part.yb).sum(dtype=torch.float64))
-    loss = float(_loss(loss_func, part))
-    return total/loss if total else 0. if math.isnan(loss) else float(part.n)
+    "The weight of a part by a loss that has a reduction, or calls one that has; 1 where that is a sum"
+    try:
+        with NoneReduce(loss_func) as f: total = float(f(part.pred, *part.yb).sum(dtype=torch.float64))
+        return _ratio(total, float(_loss(loss_func, part)), part.n)
+    except TypeError:
+        with _Divisors(part.n) as divisors: _loss(loss_func, part)
+        if not divisors.found: raise
+        return sum(divisors.found)
 
 def _stand_in(loss_func):
     "A copy of a loss that may keep something of what it sees (a queue of negatives, running means); any other itself"

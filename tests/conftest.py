@@ -76,7 +76,8 @@ def pytest_runtest_setup(item):
     if item.get_closest_marker('cuda') and not torch.cuda.is_available(): pytest.skip('needs a GPU')
 
 
-def pytest_addoption(parser): parser.addoption('--works-with', metavar='FILE', help='write the rows of what bs_find works with, by the tests that run, into this CSV file; others stay')
+def pytest_addoption(parser):
+    parser.addoption('--works-with', metavar='FILE', help='write what bs_find works with, by the tests that run, into this CSV file; other rows stay')
 
 
 def pytest_terminal_summary(terminalreporter, config):

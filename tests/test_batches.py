@@ -205,7 +205,9 @@ def test_parts_of_predictions():
     assert part_of(learn, torch.ones(8, 8), 0, 2).shape == (8, 2)  # as the targets
     assert part_of(learn, [torch.ones(3), torch.ones(4)]*4, 0, 3)[2].shape == (3,)
     with pytest.raises(ValueError, match=r'shape \(7, 9\) cannot be cut'): part_of(learn, torch.ones(7, 9), 0, 2)
-    with pytest.raises(ValueError, match=r'shape \(\) cannot be cut'): part_of(learn, torch.tensor(1.), 0, 2)
+    whole = dict(loss=torch.tensor(1.), logits=torch.ones(8, T), cache=object())  # the loss and the cache are those of all examples
+    part = part_of(learn, whole, 0, 2)
+    assert part['loss'] is whole['loss'] and part['cache'] is whole['cache'] and part['logits'].shape == (2, T)
 
 
 @pytest.mark.parametrize('name', ['CTC: targets concatenated', 'boxes, with the image of each', 'EmbeddingBag: texts concatenated', 'two views of each', 'tokens in one row'])

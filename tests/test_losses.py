@@ -188,6 +188,17 @@ def test_what_a_model_returns_keeps_its_class(name):
     assert_same_step(Returns(make), items, 3, lambda o, t: tokens(logits_of(o), t))
 
 
+@pytest.mark.parametrize('loss', [
+    lambda o, t: F.cross_entropy(o.logits.transpose(1, 2), t), lambda o, t: tokens(o.logits, t, weight=weight, label_smoothing=.1),
+    lambda o, t: F.nll_loss(o.logits.log_softmax(-1).flatten(0, 1), t.flatten()), lambda o, t: nn.CrossEntropyLoss()(o.logits.flatten(0, 1), t.flatten())*3])
+def test_accumulated_sentences_that_are_padded_batch_by_batch(loss):
+    "Batches of other lengths do not fit beside each other, but PyTorch's losses in a function tell what they divide by"
+    torch.manual_seed(0)
+    items = [(torch.randn(k, 4), torch.randint(0, classes, (k,))) for k in (2, 7, 3, 6, 6, 5, 1, 1, 1, 2)]
+    def collate(b): return nn.utils.rnn.pad_sequence([x for x,_ in b], True),nn.utils.rnn.pad_sequence([t for _,t in b], True, -100)
+    assert_same_step(Returns(outputs['attributes'][0]), items, 3, loss, collate)
+
+
 def test_a_loss_that_the_model_computed_is_not_judged_by_its_predictions():
     "It stays what it is, whatever becomes of them"
     torch.manual_seed(0)
