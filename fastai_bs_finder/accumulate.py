@@ -61,8 +61,10 @@ class AccumulateGrads(TidyCallback, GradientAccumulation):
     "Step once in `n_acc` examples or more, and at the end of each epoch, with the gradient of all examples since the last step"
     def __init__(self,
         n_acc:int=32, # Number of examples per step, on each process; the micro-batch that reaches it completes the window
+        loss:str='', # What the loss is, see `BatchLoss`, where that is known; it is found out otherwise
     ):
         check_whole('n_acc', n_acc, 1)
+        self.loss_is = loss
         self.n_acc,self.count,self.stays,self.batch_loss = n_acc,0,False,BatchLoss()
 
     def tidy(self):
@@ -79,6 +81,7 @@ class AccumulateGrads(TidyCallback, GradientAccumulation):
                              "takes one off" + ". GrowBatch brings one along: put yours before it"*any(getattr(o, 'stays', False) for o in others))
         self.tidy()
         self.batch_loss = BatchLoss()
+        self.batch_loss.kind = self.loss_is if self.loss_is == 'sum' else ''
 
     def before_train(self):
         self.tidy()
@@ -122,6 +125,7 @@ def _weigh(self:AccumulateGrads):
     if not loss.kind and loss.look(*inputs) == 'between':
         warnings.warn("What an example adds to this loss depends on the others of its batch, so the gradients of several batches are not "
                       "that of one large batch")
+    if loss.gave_up: warnings.warn("It cannot be found out what this loss is: gradients are accumulated as those of a mean over the examples")
     return loss.weight(*inputs)
 
 @patch(as_prop=True)

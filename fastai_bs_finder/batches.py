@@ -210,8 +210,8 @@ def _uncut(o, n):
     return ValueError(f"{what} cannot be cut into examples: it has no axis as long as the {n} examples of the batch")
 
 def _cut(o, start, stop, n, axis_of, path=()):
-    axis = axis_of(path, o)
-    if axis is not None: return _sliced(o, axis, start, stop) if axis >= 0 else o
+    axis,per = axis_of(path, o)
+    if axis is not None: return _sliced(o, axis, start*per, stop*per) if axis >= 0 else o
     if isinstance(o, (Mapping, list, tuple, L)): return like(o, [_cut(v, start, stop, n, axis_of, (*path, k)) for k,v in _children(o)])
     if o is None or isinstance(o, (str, bool)): return o
     raise _uncut(o, n)
@@ -234,18 +234,21 @@ def part_of(
 
     def axis_in_batch(path, v):
         path,ls = (offset + path[0], *path[1:]) if path else None,_lengths(v)
-        if not layout.axes: return ls.index(n) if _is_tensor(v) and n in ls else None
-        if path in layout.fixed: return -1
+        if not layout.axes: return (ls.index(n) if _is_tensor(v) and n in ls else None),1
+        if path in layout.fixed: return -1,1
         axis,per = layout.axes.get(path, (None, 1))
-        return axis if axis is not None and per == 1 and axis < len(ls) and ls[axis] == n else None
+        fits = axis is not None and per == int(per) and axis < len(ls) and ls[axis] == n*per
+        return (axis,int(per)) if fits else (None,1)
 
-    usual = [layout.axes[path][0] for path in parts if path in layout.axes]
+    usual = [layout.axes[path] for path in parts if path in layout.axes]
+    pers = [1, *sorted({int(per) for _,per in usual if per == int(per) > 1})]  # several views of each example, for instance
     def axis_in_predictions(path, v):
         ls = _lengths(v)
-        if not _is_tensor(v) and ls == (n,) and not any(n in _lengths(c) for c in _parts(v).values() if _is_tensor(c)): return 0
-        if isinstance(v, (Mapping, list, tuple, L)): return None
-        if not _is_tensor(v) or not ls: return -1  # all examples have it in common: a loss that the model computed, a cache
-        return next((a for a in usual if a < len(ls) and ls[a] == n), ls.index(n) if n in ls else None)
+        if not _is_tensor(v) and ls == (n,) and not any(n in _lengths(c) for c in _parts(v).values() if _is_tensor(c)): return 0,1
+        if isinstance(v, (Mapping, list, tuple, L)): return None,1
+        if not _is_tensor(v) or not ls: return -1,1  # all examples have it in common: a loss that the model computed, a cache
+        by_batch = ((a, per) for per in pers for a,_ in usual if a < len(ls) and ls[a] == n*per)
+        return next(by_batch, None) or next(((ls.index(n*per), per) for per in pers if n*per in ls), (None, 1))
 
     return _cut(o, start, stop, n, axis_in_predictions if offset is None else axis_in_batch)
 
@@ -254,4 +257,5 @@ def loss_inputs(
     learn, # A `Learner` in training, after a forward pass
 ) -> tuple: # loss_func, pred, yb, number of examples, and a function that cuts out some of them
     "What `BatchLoss` looks at"
-    return learn.loss_func,learn.pred,learn.yb,n_examples(learn),partial(part_of, learn)
+    loss_func = getattr(getattr(learn.loss_func, '__self__', None), 'old_lf', learn.loss_func)  # MixUp and CutMix put their own before it
+    return loss_func,learn.pred,learn.yb,n_examples(learn),partial(part_of, learn)

@@ -66,7 +66,7 @@ class BSFinder(MockCallback):
         self.run_facts = dict(num_it=self.num_it, n_batch=self.n_batch, n_train=self.n_train, beta=self.beta, biased=self.biased)
         self.spent,self.seen,self.steps,self.bs,self.error = 0,0,0,0,None
         self.batch_loss,self._weighs,self._weights = BatchLoss(),False,[]
-        self.order_of_batches,self._trained = BatchOrder(),{}
+        self.order_of_batches,self._trained,self._turns = BatchOrder(),{},set()
         self._left_to_train,self._measuring,self._loss_sum,self._clock = 0,False,0.,StepClock()
         self.first_loss = torch.tensor(math.nan)
 
@@ -90,7 +90,7 @@ def _drop_measurement(self:BSFinder):
 @patch
 def before_batch(self:BSFinder):
     if not self.spent and self.processes.size == 1: pass_parts(self.learn, self.batch_loss)
-    self.order_of_batches.add(self.xb, self.yb, n_examples(self.learn), partial(part_of, self.learn))
+    if not self.epoch: self.order_of_batches.add(self.xb, self.yb, n_examples(self.learn), partial(part_of, self.learn))
     cycle = self.n_train + self.n_batch
     if not self.spent and self.num_it >= 4*cycle and self.n_iter >= cycle: self._left_to_train = self.n_train
     fits = self.n_batch <= min(self.n_iter - self.iter, self.num_it - self.spent)
@@ -136,6 +136,7 @@ def after_loss(self:BSFinder):
 # %% ../nbs/50_finder.ipynb #49ac1f8a
 @patch
 def after_backward(self:BSFinder):
+    self._turns.add(frozenset(i for i,p in enumerate(self.meter.params) if p.requires_grad))
     if not self._measuring:
         if self.average_gradients(self.meter.params): self._left_to_train = self.n_train + 1  # others have just measured: go along with them
         return
@@ -158,7 +159,7 @@ _most_noted = 200
 def _take_turns(self:BSFinder):
     "Do some batches train other parameters than others, or in a rhythm?"
     seen = {i: o for i,o in self._trained.items() if o}
-    kinds = set(seen.values())
+    kinds = {*seen.values(), *filter(None, self._turns)}
     disjoint = any(not a & b for a in kinds for b in kinds)
     rhythm = any(len({(i % k, o) for i,o in seen.items()}) == len({i % k for i in seen}) for k in range(2, len(seen)//3))
     return len(kinds) > 1 and (disjoint or rhythm)

@@ -90,7 +90,7 @@ class _Experiment:
     def __init__(self, loss_func, P, Q):
         for dtype in (torch.float64, torch.float32):
             try: self._begin(loss_func, P, Q, dtype)
-            except RuntimeError:
+            except (RuntimeError, TypeError):  # TypeError: a device without double precision
                 if dtype == torch.float32: raise
             else: break
 
@@ -98,15 +98,17 @@ class _Experiment:
         self.P,self.dtype,self.n = P,dtype,P.n + Q.n
         def loss(part): return self.loss(loss_func, part)
         def alter(part):
-            changes = [(o, loss(o) - loss(part)) for o in part.altered()]
-            return max((o for o in changes if np.isfinite(o[1])), key=lambda o: abs(o[1]), default=(part, math.nan))
+            changes = [(o, c) for o in part.altered() if np.isfinite(c := loss(o) - loss(part))]
+            return sorted(changes, key=lambda o: -abs(o[1])) or [(part, math.nan)]
         self.losses = both,*_ = loss(P + Q),loss(P),loss(Q)
         if np.isfinite(both) and loss(P + Q) != both: raise ValueError("this loss has random numbers of its own")
-        (self.P_altered,self.P_changes),(Q_altered,Q_changes) = alter(P),alter(Q)
-        changes = np.array([self.P_changes, Q_changes])
+        of_P,((Q_altered,Q_changes),*_) = alter(P),alter(Q)
+        self.P_altered,self.P_changes = of_P[0]
+        changes,size = np.array([self.P_changes, Q_changes]),20*self.eps*max(map(abs, self.losses))
         with np.errstate(all='ignore'):
             self.shares = (np.array([loss(self.P_altered + Q), loss(P + Q_altered)]) - both)/changes
-            self.rounding = 20*self.eps*max(map(abs, self.losses))/min(abs(c) for c in changes if c)  # of the shares
+            self.rounding = size/min(abs(c) for c in changes if c)  # of the shares
+            self.apart = max((abs((loss(o + Q) - both)/c - self.shares[0]) - 5*size/abs(c) for o,c in of_P[1:] if c), default=0.)
         self.twice = loss(P + P)/self.losses[1]
 
     def loss(self, loss_func, part):
@@ -127,7 +129,7 @@ class _Experiment:
         if tol > .01 or not np.isfinite([*self.losses, p]).all(): return ''
         if not np.isfinite(q): return 'sum' if near(p, 1) and near(self.twice, 2) else ''  # nothing counts in Q
         if near(p, 1) and near(q, 1): return 'sum'
-        if not near(p + q, 1) or abs(p*of_p + q*of_q - both) > tol*max(map(abs, self.losses)): return 'between'
+        if self.apart > tol or not near(p + q, 1) or abs(p*of_p + q*of_q - both) > tol*max(map(abs, self.losses)): return 'between'
         return 'mean' if near(p, self.P.n/self.n) else 'weighted'
 
 # %% ../nbs/16_losses.ipynb #e18e387a
@@ -157,7 +159,8 @@ class _Divisors(TorchFunctionMode):
 def _weight_by_reduction(loss_func, part):
     "The weight of a part by a loss that has a reduction, or calls one that has; 1 where that is a sum"
     try:
-        with NoneReduce(loss_func) as f: total = float(f(part.pred, *part.yb).sum(dtype=torch.float64))
+        with NoneReduce(loss_func) as f: losses = f(part.pred, *part.yb)
+        total = float(losses.sum(dtype=None if losses.device.type == 'mps' else torch.float64))
         return _ratio(total, float(_loss(loss_func, part)), part.n)
     except TypeError:
         with _Divisors(part.n) as divisors: _loss(loss_func, part)
@@ -182,10 +185,15 @@ class BatchLoss:
         cut:Callable, # A function of predictions or targets, `start` and `stop` that gives those of the examples `start` to `stop`, and raises where it cannot
     ) -> str: # 'mean', 'sum', 'weighted', 'between', or '' where it is not known
         "Find out with a batch, or with two of a single example"
-        if _own_reduction(loss_func) == 'sum': self.kind = 'sum'
+        if _own_reduction(loss_func) == 'sum' or getattr(loss_func, 'reduction', '') == 'sum': self.kind = 'sum'
         elif self._tries < _most_tries: self._try(loss_func, pred, yb, n, cut)
         if self._passed: self.kind = self._agree(*self._passed)
         return self.kind
+
+    @property
+    def gave_up(self) -> bool:
+        "Did some batches tell nothing?"
+        return not self.kind and self._tries == _most_tries
 
     def _try(self, loss_func, pred, yb, n, cut):
         self._tries += 1
@@ -206,6 +214,7 @@ class BatchLoss:
     def _weigh(self, loss_func, part):
         if self.kind != 'between' and _own_reduction(loss_func): return _weight_by_reduction(loss_func, part)
         if self._unit: return self._unit*_weight_by_reduction(loss_func, part)
+        if self.kind == 'mean' and isinstance(loss_func, nn.Module): return float(part.n)  # it may be costly
         if self.kind in ('mean', 'weighted'): return self._experiment.weight(loss_func, part)
         nothing_counts = math.isnan(_loss(loss_func, part)) and _all_finite(part.pred)
         return 0. if nothing_counts else float(part.n)

@@ -191,8 +191,6 @@ def kind_of_loss(
     learn:Learner, # The learner; it is left as it was
 ) -> str: # 'mean', 'sum', 'weighted', 'between', or '' where it is not known, see `BatchLoss`
     "What the loss is, found out with one batch"
-    found = getattr(getattr(learn, 'recorder', None), 'bs_result', None)
-    if found is not None: return found.run.loss
     look = _OneLook()
     try:
         with mock_training(learn): learn.fit(1, 0., cbs=look)
@@ -204,6 +202,7 @@ _too_large = re.compile(r"""
     \bout\ of\ (?:shared\ |host\ |device\ )?memory\b (?!\ (?!while|when|trying|on|at|during|error|allocating)\w)
   | (?:can't|cannot|could\ not|unable\ to|failed\ to)\ allocate\ (?:memory\b|[\d.,]+\ ?(?:bytes|[kKMGT]i?B))
   | DefaultCPUAllocator | not\ enough\ memory(?=[:.]|$) | std::bad_alloc | ^[\w.]*MemoryError\b | Invalid\ buffer\ size | MODULE:PT_DEVMEM\ Allocation\ failed
+  | valid\ cuDNN\ algorithm | unable\ to\ find\ an\ engine | not\ enough\ GPU\ video\ memory | less\ than\ 2\^31\ elements | out\ of\ resource:\ shared
   | killed\ by\ signal:\ (?:Killed|Bus\ error)
   | CUDNN_STATUS_(?:NOT_SUPPORTED|ALLOC_FAILED|NOT_INITIALIZED|INTERNAL_ERROR)
   | (?:CUBLAS|CUSOLVER|CUSPARSE|HIPBLAS|HIPSOLVER|HIPSPARSE)_STATUS_(?:ALLOC_FAILED|NOT_INITIALIZED|INSUFFICIENT_RESOURCES)

@@ -6,6 +6,7 @@
 __all__ = ['BatchOrder']
 
 # %% ../nbs/17_order.ipynb #6da366cd
+import math
 from collections.abc import Callable
 
 import numpy as np, torch
@@ -14,7 +15,7 @@ from scipy.stats import norm
 # %% ../nbs/17_order.ipynb #406b2e34
 def _tensors(o):
     "All tensors in tuples, lists and dictionaries, by their place"
-    if isinstance(o, torch.Tensor): return {'': o}
+    if isinstance(o, torch.Tensor): return {} if o.is_nested or o.is_sparse or not o.numel() else {'': o}
     items = o.items() if isinstance(o, dict) else enumerate(o) if isinstance(o, (tuple, list)) else ()
     return {f'.{k}{name}': t for k,v in items for name,t in _tensors(v).items()}
 
@@ -22,7 +23,7 @@ def _example_axes(o, cut):
     "The axis of the examples in each tensor; empty where they cannot be told apart"
     try: one = _tensors(cut(o, 0, 1))
     except ValueError: return {}
-    axes = {name: [i for i,(a,b) in enumerate(zip(t.shape, one[name].shape)) if a != b] for name,t in _tensors(o).items()}
+    axes = {name: [i for i,(a,b) in enumerate(zip(t.shape, one[name].shape)) if a != b] for name,t in _tensors(o).items() if name in one}
     return {name: a[0] for name,a in axes.items() if a}
 
 _columns,_classes,_most_batches = 64,16,1000
@@ -79,13 +80,17 @@ class BatchOrder:
         cut:Callable, # A function of `xb` or `yb`, `start` and `stop` that gives the examples `start` to `stop`, and raises `ValueError` where it cannot
     ):
         "Note a batch"
+        try: self._add(xb, yb, n, cut)
+        except Exception: self.axes,self.batches = {},[]  # of what is not like tensors, nothing is known
+
+    def _add(self, xb, yb, n, cut):
         if self.axes is None and n > 1:
             self.axes = {f'.{i}{name}': axis for i,o in enumerate((xb, yb)) for name,axis in _example_axes(o, cut).items()}
             self.n,self.n_inp = n,len(xb)
         if self.axes and n == self.n and len(self.batches) < _most_batches: self.batches.append(self._consists_of((xb, yb)))
 
     def _consists_of(self, batch, rows=slice(None)):
-        return {name: _numbers(t, self.axes[name], rows) for name,t in _tensors(batch).items() if name in self.axes}
+        return {name: _numbers(t, self.axes[name], rows) for name,t in _tensors(batch).items() if self.axes.get(name, math.inf) < t.ndim}
 
     def add_elsewhere(self,
         examples:tuple, # Inputs and targets of examples from all over the data set, evenly spaced, as a loader makes a batch of them

@@ -60,5 +60,5 @@ def profile_steps(
         if seconds := _seconds_of_a_step(steps, size): found[bs] = seconds
     rising = pd.Series(found, dtype=float).sort_index()[::-1].cummin()[::-1].to_dict()
     facts = vars(known) | new | dict(step_time=rising)
-    if facts['capped']: facts['max_bs'] = max([b for b in found if b < facts['failed']])
+    if facts['capped']: facts['max_bs'] = max((b for b in found if b < facts['failed']), default=known.max_bs)
     return Profile(**facts)

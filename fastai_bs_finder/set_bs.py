@@ -68,7 +68,8 @@ def set_bs(self:Learner,
         raise ValueError(f"bs={bs} does not work here: a batch of fewer than {least*processes.size} examples fails ({unfit}). Give "
                          f"{least*processes.size} or a multiple of it")
     micro = micro_bs(own, fits and max(fits//processes.size, 1), least)
-    if micro < own and processes.size == 1 and kind_of_loss(self) == 'between':
+    loss = kind_of_loss(self) if micro < own and processes.size == 1 else ''
+    if loss == 'between':
         raise ValueError(f"bs={bs} does not fit, {fits} examples do, and it cannot be taken in pieces here: what an example adds to this loss depends on the "
                          f"others of its batch. Give {fits} or less")
     check_empty(self.dls.train)
@@ -90,6 +91,6 @@ def set_bs(self:Learner,
     for o in [o for o in self.cbs if isinstance(o, AccumulateGrads)]:
         if o.stays: o.n_acc = own if micro < own else 1
         else: self.remove_cb(o)
-    if micro < own and not any(isinstance(o, AccumulateGrads) for o in self.cbs): self.add_cb(AccumulateGrads(own))
+    if micro < own and not any(isinstance(o, AccumulateGrads) for o in self.cbs): self.add_cb(AccumulateGrads(own, loss))
     if processes.rank == 0: say(self, _what_was_done(self, processes, bs, micro, before, unfit))
     return self

@@ -467,7 +467,7 @@ class NoiseScale(AsideCallback):
 
     def before_backward(self):
         order = self.order_of_batches
-        if len(order.batches) < _most_noted: order.add(self.xb, self.yb, n_examples(self.learn), partial(part_of, self.learn))
+        if not self.epoch and len(order.batches) < _most_noted: order.add(self.xb, self.yb, n_examples(self.learn), partial(part_of, self.learn))
         self._pick()
         self._forward('before_backward')
 

@@ -210,11 +210,18 @@ def test_parts_of_predictions():
     assert part['loss'] is whole['loss'] and part['cache'] is whole['cache'] and part['logits'].shape == (2, T)
 
 
-@pytest.mark.parametrize('name', ['CTC: targets concatenated', 'boxes, with the image of each', 'EmbeddingBag: texts concatenated', 'two views of each', 'tokens in one row'])
+@pytest.mark.parametrize('name', ['CTC: targets concatenated', 'boxes, with the image of each', 'EmbeddingBag: texts concatenated'])
 def test_what_cannot_be_cut(name):
     learn = on(makers['PyTorch'](Items(), 8, collations[name]))
     learn._split(next(iter(learn.dls.train)))
     with pytest.raises(ValueError, match='cannot be cut into examples'): part_of(learn, learn.xb, 0, 2), part_of(learn, learn.yb, 0, 2)
+
+
+@pytest.mark.parametrize('name,rows', [('two views of each', 2), ('tokens in one row', T)])
+def test_several_rows_per_example_are_cut_in_proportion(name, rows):
+    learn = on(makers['PyTorch'](Items(), 8, collations[name]))
+    learn._split(next(iter(learn.dls.train)))
+    assert len(part_of(learn, learn.yb, 1, 3)[0]) == 2*rows and part_of(learn, torch.ones(8*rows, 5), 1, 3).shape == (2*rows, 5)
 
 
 def test_a_batch_that_a_callback_changes():

@@ -33,6 +33,13 @@ def probabilities(p, t): return F.binary_cross_entropy(p.sigmoid(), F.one_hot(t,
 def masked(p, t):
     mask = (t > 1).to(p)
     return (F.cross_entropy(p, t, reduction='none')*mask).sum()/mask.sum()
+def dice(p, t):
+    p,t = p.sigmoid(),F.one_hot(t, classes)
+    return 1 - 2*(p*t).sum()/(p.sum() + t.sum())
+def views(z, t):
+    "Two views of each example, one behind the other (SimCLR)"
+    k = len(z)//2
+    return F.cross_entropy((z @ z.T).fill_diagonal_(-1e9), torch.cat([torch.arange(k) + k, torch.arange(k)]))
 def spread(p, t): return ((p[:, 0] - t)**2).mean()/p[:, 0].var()
 def hardest(p, t): return F.cross_entropy(p, t, reduction='none').topk(len(t)//2).values.mean()
 def barlow(p, t): return ((p - p.mean(0)).T @ (p - p.mean(0))/len(p)).pow(2).sum()
@@ -50,7 +57,7 @@ def triplets(p, t): return F.triplet_margin_loss(p, p.roll(1, 0), p.roll(2, 0))
     ('weighted', lambda p, t: F.cross_entropy(p, t, weight=weight), (logits, y)), ('weighted', F.cross_entropy, (logits, some)),
     ('weighted', tokens, (words, cut_short)), ('weighted', masked, (logits, y)),
     ('between', lambda z, t: F.cross_entropy(z @ z.T, torch.arange(len(z))), (logits, y)), ('between', spread, (logits, y)), ('between', hardest, (logits, y)),
-    ('between', barlow, (logits, y)), ('between', lambda p, t: F.cross_entropy(p, t).sqrt(), (logits, y)),
+    ('between', barlow, (logits, y)), ('between', dice, (logits, y)), ('sum', nn.GaussianNLLLoss(reduction='sum'), (logits[:, 0], y, torch.ones(n))), ('between', lambda p, t: F.cross_entropy(p, t).sqrt(), (logits, y)),
     ('', lambda p, t: F.cross_entropy(p + torch.randn_like(p), t), (logits, y)), ('', lambda p, t: F.cross_entropy(p.view(n, -1), t), (logits, y))])
 def test_kinds(kind, loss, args):
     before = torch.get_rng_state(),np.random.get_state()[1].tolist(),random.getstate(),logits.clone()
@@ -74,6 +81,21 @@ def test_a_loss_that_keeps_what_it_sees_is_not_disturbed():
     found.look(loss, logits, (y,), n, cut)
     found.weight(loss, logits, (y,), n, cut)
     assert loss.calls == 0 and len(loss.last) == 0
+
+
+def test_a_training_that_accumulates_calls_a_loss_with_a_state_once_per_batch():
+    learn = digits_learner(bs=16)
+    learn.loss_func = Counting()
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, .1, cbs=AccumulateGrads(64))
+    assert learn.loss_func.seen == len(learn.dls.train) + len(learn.dls.valid)
+
+
+class Counting(nn.Module):
+    "A warm-up of the loss itself"
+    def __init__(self): super().__init__(); self.register_buffer('seen', torch.zeros(()))
+    def forward(self, p, t):
+        self.seen += 1
+        return F.cross_entropy(p, t)*min(float(self.seen)/100, 1)
 
 
 def test_two_batches_of_one_example():
@@ -304,10 +326,10 @@ def test_the_statistics_of_batch_norm_are_set_aside(model):
     assert learn.recorder.bs_result.run.loss == 'mean' and [m.training for m in model.modules()] == modes
 
 
-def test_a_loss_that_mixes_examples_by_a_callback_is_not_judged():
+def test_mixup_of_a_mean():
     learn = digits_learner(bs=16)
     with learn.no_bar(), learn.no_logging(): learn.bs_find(.01, 120, show_plot=False, profile=False) if learn.add_cb(MixUp()) else None
-    assert learn.recorder.bs_result.run.loss == '' and learn.recorder.bs_result.table is not None
+    assert learn.recorder.bs_result.run.loss == 'mean' and learn.recorder.bs_result.table is not None
 
 
 def test_the_advice_for_a_sum_is_that_for_its_mean():
@@ -387,7 +409,7 @@ class SkipAtRandom(nn.Module):
     def forward(self, x): return self.b(x + self.a(x) if torch.rand(()) > .2 else x)
 
 
-@pytest.mark.parametrize('rhythm', ([0, 1], [0, 0, 1], [0, 2], [1, 2, 2, 2]))
+@pytest.mark.parametrize('rhythm', ([0, 1], [0, 0, 1], [0, 2], [1, 2, 2, 2], [0]*5 + [1]*5))
 def test_two_trainings_that_take_turns(rhythm):
     learn = digits_learner(bs=16, cbs=TakeTurns(rhythm))
     learn.model = nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 10))
@@ -401,3 +423,60 @@ def test_layers_that_are_skipped_at_random_are_one_training():
     learn.model = SkipAtRandom()
     with learn.no_bar(), learn.no_logging(): learn.bs_find(.01, 100, 5, show_plot=False, profile=False)
     assert learn.recorder.bs_result.hindrance == '' and learn.recorder.bs_result.table is not None
+
+
+class WithLoss(nn.Module):
+    "A model that computes its loss, as those of Hugging Face do"
+    def __init__(self): super().__init__(); self.net = nn.Linear(6, 4)
+    def forward(self, x, t): return dict(loss=F.cross_entropy(self.net(x), t, reduction='sum'))
+
+
+def of_model(bs):
+    torch.manual_seed(0)
+    items = [(x, t, t) for x,t in zip(torch.randn(128, 6), torch.randint(0, 4, (128,)))]
+    dls = DataLoaders(*(torch.utils.data.DataLoader(items, bs) for _ in range(2)))
+    dls.n_inp = 2
+    return Learner(dls, WithLoss(), loss_func=lambda p, t: p['loss'], opt_func=SGD)
+
+
+def test_a_sum_that_the_model_computes():
+    found = []
+    for learn in (of_model(64), of_model(16)):
+        with learn.no_bar(), learn.no_logging():
+            learn.set_bs(64, fits=len(next(iter(learn.dls.train))[0]))
+            learn.fit(1, 0., cbs=Grab())
+        found.append(torch.cat([g.flatten() for g in learn.grabbed]))
+    torch.testing.assert_close(*found)
+
+
+def test_mixup_of_a_sum():
+    learn = digits_learner(bs=16)
+    learn.loss_func = CrossEntropyLossFlat(reduction='sum')
+    learn.add_cb(MixUp())
+    with learn.no_bar(), learn.no_logging(): learn.bs_find(.001, 60, 5, show_plot=False, profile=False)
+    assert learn.recorder.bs_result.run.loss == 'sum'
+
+
+def test_two_views_of_each_example():
+    def collate(b):
+        x = torch.stack([x for x,_ in b])
+        return torch.cat([x, x + .1]),torch.arange(len(b))
+    torch.manual_seed(0)
+    items = [(x, 0) for x in torch.randn(300, 6)]
+    dls = DataLoaders(*(torch.utils.data.DataLoader(items, 16, shuffle=True, collate_fn=collate) for _ in range(2)))
+    learn = Learner(dls, nn.Linear(6, 8), loss_func=views, opt_func=SGD)
+    with learn.no_bar(), learn.no_logging(): learn.bs_find(.1, 60, 5, show_plot=False, profile=False)
+    assert (learn.recorder.bs_result.run.loss, learn.recorder.bs_result.run.bs) == ('between', 16)
+
+
+def test_the_loss_may_change_after_bs_find():
+    learn = digits_learner(bs=16)
+    with learn.no_bar(), learn.no_logging(): learn.bs_find(.1, 60, 5, show_plot=False, profile=False)
+    learn.loss_func = between
+    with pytest.raises(ValueError, match='cannot be taken in pieces'): learn.set_bs(64, fits=16)
+
+
+def test_what_cannot_be_found_out_is_said():
+    learn = digits_learner(bs=16)
+    learn.loss_func = lambda p, t: F.cross_entropy(p + torch.randn_like(p), t)
+    with pytest.warns(UserWarning, match='cannot be found out what this loss is'), learn.no_bar(), learn.no_logging(): learn.fit(1, .01, cbs=AccumulateGrads(64))

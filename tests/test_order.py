@@ -1,7 +1,8 @@
 "Batches that are not drawn at random are noticed, random ones are not"
-import numpy as np, pytest, torch
+import numpy as np, pandas as pd, pytest, torch
 from torch import nn
 from torch.utils import data as torch_data
+from fastai.tabular.all import Normalize, TabularDataLoaders, tabular_learner
 from fastai.basics import CrossEntropyLossFlat, DataLoader, DataLoaders, Learner, SGD
 from sklearn.datasets import load_digits
 
@@ -118,3 +119,40 @@ def test_along_a_training(shuffle):
     with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3, cbs=NoiseScale(share=None, every=20))
     result = learn.recorder.noise_scale_result
     assert result.alike == (not shuffle) and ('does not draw its batches at random' in str(result)) == (not shuffle)
+
+
+def without_categories():
+    torch.manual_seed(0)
+    df = pd.DataFrame(torch.randn(400, 4).numpy(), columns=list('abct'))
+    return tabular_learner(TabularDataLoaders.from_df(df, cont_names=list('abc'), y_names='t', procs=[Normalize], bs=16))
+
+
+class Ragged(nn.Module):
+    def __init__(self): super().__init__(); self.net = nn.Linear(6, 4)
+    def forward(self, xs): return self.net(torch.stack([x.mean(0) for x in xs]))
+
+
+def of_lists():
+    torch.manual_seed(0)
+    items = [(torch.randn(int(k), 6), t) for k,t in zip(torch.randint(1, 5, (400,)), torch.randint(0, 4, (400,)))]
+    def collate(b): return [x for x,_ in b],torch.stack([t for _,t in b])
+    dls = DataLoaders(*(torch_data.DataLoader(items, 16, shuffle=True, collate_fn=collate) for _ in range(2)))
+    return Learner(dls, Ragged(), loss_func=nn.functional.cross_entropy, opt_func=SGD)
+
+
+@pytest.mark.parametrize('make', (without_categories, of_lists))
+def test_batches_that_are_not_plain_tensors(make):
+    learn = make()
+    with learn.no_bar(), learn.no_logging():
+        learn.bs_find(.01, 40, 5, show_plot=False, profile=False)
+        learn.fit(1, .01, cbs=NoiseScale(share=None, every=5))
+        learn.fit(1, .01, cbs=GrowBatch(NoiseScale(share=None, every=5)))
+    assert len(learn.recorder.bs_stats) and len(learn.recorder.noise_scale)
+
+
+def test_the_same_random_order_in_each_epoch_is_random():
+    found = []
+    for seed in range(10):
+        torch.manual_seed(seed)
+        found.append(alike(*in_classes(200), num_it=100, n_batch=5))
+    assert sum(found) <= 1
