@@ -159,10 +159,11 @@ _most_noted = 200
 def _take_turns(self:BSFinder):
     "Do some batches train other parameters than others, or in a rhythm?"
     seen = {i: o for i,o in self._trained.items() if o}
-    kinds = {*seen.values(), *filter(None, self._turns)}
+    trained = set(seen.values())
+    kinds = {*trained, *filter(None, self._turns)}
     disjoint = any(not a & b for a in kinds for b in kinds)
-    rhythm = any(len({(i % k, o) for i,o in seen.items()}) == len({i % k for i in seen}) for k in range(2, len(seen)//3))
-    return len(kinds) > 1 and (disjoint or rhythm)
+    rhythm = len(trained) > 1 and any(len({(i % k, o) for i,o in seen.items()}) == len({i % k for i in seen}) for k in range(2, len(seen)//3))
+    return disjoint or rhythm
 
 @patch(as_prop=True)
 def _on_cpu(self:BSFinder): return self.learn.loss.device.type == 'cpu'

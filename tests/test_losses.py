@@ -418,9 +418,16 @@ def test_two_trainings_that_take_turns(rhythm):
     assert set(sug) == {None} and result.table is None and str(result).startswith('Two trainings take turns here')
 
 
-def test_layers_that_are_skipped_at_random_are_one_training():
+class PartlyUsed(nn.Module):
+    "With a layer that is never used"
+    def __init__(self): super().__init__(); self.a,self.unused = nn.Linear(64, 10),nn.Linear(64, 10)
+    def forward(self, x): return self.a(x)
+
+
+@pytest.mark.parametrize('model', (SkipAtRandom, PartlyUsed))
+def test_layers_without_a_gradient_now_and_then_or_never_are_one_training(model):
     learn = digits_learner(bs=16)
-    learn.model = SkipAtRandom()
+    learn.model = model()
     with learn.no_bar(), learn.no_logging(): learn.bs_find(.01, 100, 5, show_plot=False, profile=False)
     assert learn.recorder.bs_result.hindrance == '' and learn.recorder.bs_result.table is not None
 
