@@ -15,6 +15,11 @@ for name,o in vars(fastai.callback.core).items():  # its exceptions say that the
     if name.startswith('Cancel'): o.__module__ = 'fastai.callback.core'
 
 
+def _forget_accelerate():
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
 @contextmanager
 def _nothing_left_behind():
     "What a task sets for all of its process is put back"
@@ -24,8 +29,7 @@ def _nothing_left_behind():
         vars(torch.distributed).clear()
         vars(torch.distributed).update(functions)
         if torch.distributed.is_initialized(): torch.distributed.destroy_process_group()
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
+        _forget_accelerate()
         signal.signal(signal.SIGINT, handler)
         os.environ.clear()
         os.environ.update(env)
@@ -55,6 +59,7 @@ def _run(rank, n, port, folder, task, seconds):
 def _serve(pipe):
     "Do one task after the other, until the tests end"
     torch.cuda.is_available = lambda: False  # a GPU cannot be used after a fork
+    _forget_accelerate()                     # the process that forked may have used it by itself
     gc.freeze()                              # what was there before need not be looked at after each task
     while True:
         task = pipe.recv()

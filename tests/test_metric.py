@@ -4,6 +4,7 @@ from functools import partial
 
 import numpy as np, pytest, torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import nn
 from fastai.basics import Adam, Callback, CrossEntropyLossFlat, Lamb, Learner, OptimWrapper, Optimizer, QHAdam, RAdam, RMSProp, SGD, set_seed
 from fastai.callback.progress import ProgressCallback
@@ -268,7 +269,9 @@ def test_settings_of_adam(kwargs, wanted):
 
 @pytest.mark.parametrize('opt_func', [fastai_sign, lambda ps, lr: OptimWrapper(opt=Accelerator(cpu=True).prepare(torch.optim.Adamax(ps, lr=lr))), lambda ps, lr: OptimWrapper([ps[:1], ps[1:]], torch.optim.Adamax, lr=lr),
     lambda ps, lr: Adam([ps[:1], ps[1:]], lr=lr), partial(OptimWrapper, opt=torch.optim.Adam, fused=True), partial(OptimWrapper, opt=torch.optim.Rprop, foreach=True), lambda ps, lr: Adam(ps, lr=0.), partial(Adam, wd=1e4, decouple_wd=False)])
-def test_ways_to_make_one(opt_func): assert normalizes(opt_func(params((6, 9), (9,), (), (0,)), lr=.01))
+def test_ways_to_make_one(opt_func):
+    assert normalizes(opt_func(params((6, 9), (9,), (), (0,)), lr=.01))
+    AcceleratorState._reset_state(reset_partial_state=True)  # for the processes that other tests fork
 
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float64, torch.complex64, torch.complex128])
