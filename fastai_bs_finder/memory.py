@@ -43,7 +43,6 @@ class Memory(NamedTuple):
     most:float = math.inf # The largest batch size that works, where a larger one failed for another reason
     unfit:str = '' # What it said
     unfit_bs:int|None = None # And its size
-    works:int|None = None # The largest batch size that was tried and works
 
     def bytes(self,
         bs:int, # Batch size
@@ -55,9 +54,7 @@ class Memory(NamedTuple):
         margin:float=.9, # Part of the available memory to use, in (0, 1]
     ) -> int: # Batch size; 0 where not even one example fits
         "The largest batch size that fits"
-        most = (margin*self.available - self.fixed)//self.per_example
-        if most >= self.failed: most = self.works or self.failed - 1  # it is not the memory known of that ran out
-        return int(max(min(most, self.most), 0))
+        return int(max(min((margin*self.available - self.fixed)//self.per_example, self.failed - 1, self.most), 0))
 
     def fits(self,
         bs:int, # Batch size
@@ -113,7 +110,7 @@ class _StepBytes(Callback):
         least = min(b for b in self.points if b > below) if below else 1
         unfit_bs = min((b for b in self.unfit if b > bs), default=below or None)
         return Memory(most - per_example*bs + self.held, per_example, self.available, self.failed, least,
-                      bs if (unfit_bs or 0) > bs else math.inf, self.unfit.get(unfit_bs, ''), unfit_bs, bs)
+                      bs if (unfit_bs or 0) > bs else math.inf, self.unfit.get(unfit_bs, ''), unfit_bs)
 
 # %% ../nbs/41_memory.ipynb #08ed3242
 class _CudaBytes(_StepBytes):
@@ -252,7 +249,7 @@ def _climb(learn, probe, margin, most):
     "The largest batch size that a real step shows to fit"
     for _ in range(_tries):
         best = max(probe.points)
-        bs = min(probe.memory._replace(most=math.inf, works=None).max_bs(margin), most, _growth*best)
+        bs = min(probe.memory._replace(most=math.inf).max_bs(margin), most, _growth*best)
         if probe.bound < math.inf: bs = min(bs, (best + probe.bound)//2)
         if bs < 1.05*best: return min(bs, best)
         size,_ = probe.measure(learn, bs)
