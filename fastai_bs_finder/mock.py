@@ -168,8 +168,9 @@ def pass_parts(
     batch_loss:BatchLoss, # Where to note what comes out
 ):
     "Pass the batch in hand and its parts through the model, in evaluation mode"
+    model = getattr(learn.model, '_orig_mod', learn.model)  # one that is compiled would be compiled anew for each size
     def loss_of(start, stop):
-        pred = learn.model(*part_of(learn, learn.xb, start, stop))
+        pred = model(*part_of(learn, learn.xb, start, stop))
         return float(learn.loss_func(pred, *part_of(learn, learn.yb, start, stop)))
     modes = [(m, m.training) for m in learn.model.modules()]
     for m,_ in modes: m.training = False
