@@ -306,9 +306,8 @@ def _alike(learn, cb, n_epoch_it):
     "Are the batches of the run more alike than others? One that keeps the order of its data may have seen a part of them only"
     dl,k,order = dealt_out(learn.dls.train),_batches_elsewhere,cb.order_of_batches
     if order.axes and keeps_order(dl) and cb.spent < (n_epoch_it or math.inf) and k*cb.bs <= (n_items(dl) or 0):
-        try: examples = collated(dl, k*cb.bs)
-        except Exception: examples = None  # so many items of this data set make no batch
-        if examples is not None: order.add_elsewhere(examples, k)
+        try: order.add_elsewhere(collated(dl, k*cb.bs), k)
+        except Exception: pass  # so many items of this data set make no batch
     return order.alike()
 
 def _measure(learn, cb, lr, n_epoch_it, share, least, processes):

@@ -6,9 +6,8 @@
 __all__ = ['like', 'BatchLoss']
 
 # %% ../nbs/16_losses.ipynb #1d9f2330
-import math, random
+import math
 from collections.abc import Callable, Mapping
-from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
 
@@ -19,6 +18,7 @@ from torch.nn.modules.loss import _WeightedLoss
 from torch.overrides import TorchFunctionMode
 from fastcore.basics import patch
 from fastai.layers import NoneReduce
+from fastai.torch_core import no_random
 
 # %% ../nbs/16_losses.ipynb #3a801072
 def like(
@@ -35,16 +35,11 @@ def _map(f, o, *others):
     if isinstance(o, Mapping): return like(o, [_map(f, v, *(x[k] for x in others)) for k,v in o.items()])
     return like(o, [_map(f, *vs) for vs in zip(o, *others)]) if isinstance(o, (tuple, list)) else o
 
-def _numels(o):
-    "How many numbers are in each tensor"
+def _tensors(o):
+    "All tensors in it"
     res = []
-    _map(lambda t: res.append(t.numel()), o)
+    _map(res.append, o)
     return res
-
-def _all_finite(o):
-    res = []
-    _map(lambda t: res.append(bool(torch.isfinite(t).all())), o)
-    return all(res)
 
 def _example_axis(n, whole, one):
     "The axis along which `one` of `n` examples was cut from `whole`; -1 where they have it in common"
@@ -72,16 +67,6 @@ class _Part:
         def halved(t, axis): return t/2 if axis >= 0 and t.is_floating_point() else t
         for f in next_example, other_outputs, halved: yield _Part(_map(f, self.pred, self.axes[0]), self.yb, self.n, self.axes)
 
-@contextmanager
-def _aside():
-    "In the block, no gradients; after it, the random states are what they were"
-    python,in_numpy = random.getstate(),np.random.get_state()
-    try:
-        with torch.random.fork_rng(), torch.no_grad(): yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(in_numpy)
-
 # %% ../nbs/16_losses.ipynb #5d1b61ed
 def _loss(loss_func, part): return loss_func(part.pred, *part.yb)
 
@@ -97,19 +82,18 @@ class _Experiment:
     def _begin(self, loss_func, P, Q, dtype):
         self.P,self.dtype,self.n = P,dtype,P.n + Q.n
         def loss(part): return self.loss(loss_func, part)
-        def alter(part):
-            changes = [(o, c) for o in part.altered() if np.isfinite(c := loss(o) - loss(part))]
+        def alter(part, before):
+            changes = [(o, c) for o in part.altered() if np.isfinite(c := loss(o) - before)]
             return sorted(changes, key=lambda o: -abs(o[1])) or [(part, math.nan)]
-        self.losses = both,*_ = loss(P + Q),loss(P),loss(Q)
+        self.losses = both,of_P,of_Q = loss(P + Q),loss(P),loss(Q)
         if np.isfinite(both) and loss(P + Q) != both: raise ValueError("this loss has random numbers of its own")
-        of_P,((Q_altered,Q_changes),*_) = alter(P),alter(Q)
-        self.P_altered,self.P_changes = of_P[0]
+        ((self.P_altered,self.P_changes),*others),((Q_altered,Q_changes),*_) = alter(P, of_P),alter(Q, of_Q)
         changes,size = np.array([self.P_changes, Q_changes]),20*self.eps*max(map(abs, self.losses))
         with np.errstate(all='ignore'):
             self.shares = (np.array([loss(self.P_altered + Q), loss(P + Q_altered)]) - both)/changes
             self.rounding = size/min(abs(c) for c in changes if c)  # of the shares
-            self.apart = max((abs((loss(o + Q) - both)/c - self.shares[0]) - 5*size/abs(c) for o,c in of_P[1:] if c), default=0.)
-        self.twice = loss(P + P)/self.losses[1]
+            self.apart = max((abs((loss(o + Q) - both)/c - self.shares[0]) - 5*size/abs(c) for o,c in others if c), default=0.)
+        self.doubles = not np.isfinite(self.shares[1]) and math.isclose(loss(P + P), 2*of_P, rel_tol=1e-4)  # nothing counts in Q
 
     def loss(self, loss_func, part):
         loss = _loss(loss_func, part.to(self.dtype))
@@ -127,7 +111,7 @@ class _Experiment:
         (p,q),(both,of_p,of_q),tol = self.shares,self.losses,max(1e-4, 5*self.rounding)
         def near(x, y): return abs(x - y) < tol
         if tol > .01 or not np.isfinite([*self.losses, p]).all(): return ''
-        if not np.isfinite(q): return 'sum' if near(p, 1) and near(self.twice, 2) else ''  # nothing counts in Q
+        if not np.isfinite(q): return 'sum' if near(p, 1) and self.doubles else ''
         if near(p, 1) and near(q, 1): return 'sum'
         if self.apart > tol or not near(p + q, 1) or abs(p*of_p + q*of_q - both) > tol*max(map(abs, self.losses)): return 'between'
         return 'mean' if near(p, self.P.n/self.n) else 'weighted'
@@ -197,7 +181,7 @@ class BatchLoss:
 
     def _try(self, loss_func, pred, yb, n, cut):
         self._tries += 1
-        with _aside():
+        with no_random(), torch.no_grad():
             try:
                 loss_func = _stand_in(loss_func)
                 any(self._take(loss_func, P, Q) for P,Q in self._divisions(pred, yb, n, cut))
@@ -206,7 +190,7 @@ class BatchLoss:
     def weight(self, loss_func, pred, yb, n, cut) -> float: # In one unit for all batches; 1 each in a sum, the number of examples where it is not known
         "What a batch weighs in the loss of several; the parameters are those of `look`"
         if self.kind == 'sum': return 1.
-        with _aside():
+        with no_random(), torch.no_grad():
             try: weight = self._weigh(_stand_in(loss_func), self._part(pred, yb, n, cut))
             except Exception: return float(n)  # it does not fit beside the examples that were kept
         return float(n) if abs(weight/n - 1) < 3e-6 else weight
@@ -216,7 +200,7 @@ class BatchLoss:
         if self._unit: return self._unit*_weight_by_reduction(loss_func, part)
         if self.kind == 'mean' and isinstance(loss_func, nn.Module): return float(part.n)  # it may be costly
         if self.kind in ('mean', 'weighted'): return self._experiment.weight(loss_func, part)
-        nothing_counts = math.isnan(_loss(loss_func, part)) and _all_finite(part.pred)
+        nothing_counts = math.isnan(_loss(loss_func, part)) and all(torch.isfinite(t).all() for t in _tensors(part.pred))
         return 0. if nothing_counts else float(part.n)
 
     def _part(self, pred, yb, n, cut, start=0, stop=None):
@@ -227,7 +211,7 @@ class BatchLoss:
 
     def _divisions(self, pred, yb, n, cut):
         "Pairs of parts to try: with the first batch, where that could not tell, or of this one; in a part may be nothing that counts"
-        m = min(n, 3*_most_kept, max(n*_most_numbers//sum(_numels(pred)), 2))
+        m = min(n, 3*_most_kept, max(n*_most_numbers//sum(t.numel() for t in _tensors(pred)), 2))
         if self._first: yield self._first,self._part(pred, yb, n, cut, 0, m)
         for k in dict.fromkeys((m//3 or 1, m//2, m - (m//3 or 1), 1, m - 1)):
             if 0 < k < m: yield self._part(pred, yb, n, cut, 0, k).clone(),self._part(pred, yb, n, cut, k, m)
@@ -255,7 +239,7 @@ def pass_parts(self:BatchLoss,
     "Pass a batch and its parts through the model; what `look` finds must agree with it"
     n = min(n, 3*_most_kept)
     k = n//3 or 1
-    with _aside():
+    with no_random(), torch.no_grad():
         try: first,again = ([loss_of(*ends) for ends in ((0, k), (k, n), (0, n))] for _ in range(2))
         except Exception: return  # the model takes whole batches only
     if n > 1 and first == again and np.isfinite(first).all(): self._passed = k/n,*first

@@ -6,14 +6,14 @@
 __all__ = ['OptMetric', 'normalizes', 'OptMeter']
 
 # %% ../nbs/20_metric.ipynb #58206d33
-import math, random
+import math
 from collections import OrderedDict, defaultdict
-from contextlib import contextmanager
 from copy import deepcopy
 
 import numpy as np, torch
 from torch import nn
 from fastai.optimizer import OptimWrapper, Optimizer
+from fastai.torch_core import no_random
 from .noise import GradSums, Noise, NoiseAverage
 
 # %% ../nbs/20_metric.ipynb #26b10e4a
@@ -139,15 +139,6 @@ def _probes(opt, most, dtype, device):
             if p.requires_grad or not trained: found[key].stands_for += p.numel()
     return list(found.values()),memo
 
-@contextmanager
-def _random_state_kept(probes):
-    python,numpy = random.getstate(),np.random.get_state()
-    try:
-        with torch.random.fork_rng({p.start.device.index for p in probes if p.start.device.type == 'cuda'}): yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-
 def _run(opt, probes, memo, stateless, n, factor, sparse):
     "How the probes move in each of `n` steps of a copy of `opt`, the first third left out"
     copied,kept = dict(memo),{id(p.tensor) for p in probes}
@@ -159,7 +150,7 @@ def _run(opt, probes, memo, stateless, n, factor, sparse):
     for k,v in dict(lr=.01, wd=0., weight_decay=0.).items():
         if k in twin.hypers[0]: twin.set_hyper(k, v)
     moves = []
-    with _random_state_kept(probes):
+    with no_random():
         for i in range(n):
             for p in probes:
                 if p.stands_for: p.set(i, factor, sparse)

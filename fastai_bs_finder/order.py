@@ -7,7 +7,7 @@ __all__ = ['BatchOrder']
 
 # %% ../nbs/17_order.ipynb #6da366cd
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np, torch
 from scipy.stats import norm
@@ -16,7 +16,7 @@ from scipy.stats import norm
 def _tensors(o):
     "All tensors in tuples, lists and dictionaries, by their place"
     if isinstance(o, torch.Tensor): return {} if o.is_nested or o.is_sparse or not o.numel() else {'': o}
-    items = o.items() if isinstance(o, dict) else enumerate(o) if isinstance(o, (tuple, list)) else ()
+    items = o.items() if isinstance(o, Mapping) else enumerate(o) if isinstance(o, (tuple, list)) else ()
     return {f'.{k}{name}': t for k,v in items for name,t in _tensors(v).items()}
 
 def _example_axes(o, cut):

@@ -251,13 +251,13 @@ class NoiseScaleResult(Result):
     train_seconds:float = 0. # Time spent training, measurements left out
     out_of_memory:bool = False # Did a measurement run out of memory?
     error:str = '' # What it said where a measurement failed otherwise, after which there are none
-    loss:str = '' # What the loss is, see `BatchLoss`
+    loss_kind:str = '' # What the loss is, see `BatchLoss`; `loss` is the column
     alike:bool = False # Are batches that follow each other more alike than others?
 
     @property
     def hindrance(self) -> str:
         "Why the measurements do not tell what other batch sizes would do, a key of `words.hindrances`; empty where they do"
-        return 'alike' if self.alike else 'between' if self.loss == 'between' else ''
+        return 'alike' if self.alike else 'between' if self.loss_kind == 'between' else ''
 
     @cached_property
     def in_use(self) -> pd.DataFrame:

@@ -68,10 +68,6 @@ def set_bs(self:Learner,
         raise ValueError(f"bs={bs} does not work here: a batch of fewer than {least*processes.size} examples fails ({unfit}). Give "
                          f"{least*processes.size} or a multiple of it")
     micro = micro_bs(own, fits and max(fits//processes.size, 1), least)
-    loss = kind_of_loss(self) if micro < own and processes.size == 1 else ''
-    if loss == 'between':
-        raise ValueError(f"bs={bs} does not fit, {fits} examples do, and it cannot be taken in pieces here: what an example adds to this loss depends on the "
-                         f"others of its batch. Give {fits} or less")
     check_empty(self.dls.train)
     check_settable(self.dls.train)
     if n is not None and bs > n: raise ValueError(f"bs={bs} is more than {as_epoch(n, processes.examples(n_in_data(self)))}: give {n} or less")
@@ -85,6 +81,10 @@ def set_bs(self:Learner,
     follows = follows + [not i or batch_size(dl) == old for i,dl in enumerate(self.dls.loaders) if i >= len(follows)]
     for dl,yes in zip(self.dls.loaders, follows):
         if yes: check_settable(dl)
+    loss = kind_of_loss(self) if micro < own and processes.size == 1 else ''
+    if loss == 'between':
+        raise ValueError(f"bs={bs} does not fit, {fits} examples do, and it cannot be taken in pieces here: what an example adds to this loss depends on the "
+                         f"others of its batch. Give {fits} or less")
     _follows[self.dls],before = follows,examples_per_step(self)*processes.size
     self.dls.loaders[:] = [rebatch(dl, micro) if yes else dl for dl,yes in zip(self.dls.loaders, follows)]
     leave_out_one(self.dls.train, self.model, n and processes.each(n))
