@@ -13,11 +13,9 @@ from .predict import round_bs
 from .result import BSResult
 
 # %% ../nbs/31_suggest.ipynb #362765d6
-def _works(result, bs): return bs >= (result.profile.min_bs or 1) and not result.leaves_one(bs)
-
 def _rounded(result, x, down=False):
     "A round batch size that works"
-    return max(round_bs(x, result.largest, down, lambda bs: not _works(result, bs)), result.profile.min_bs or 1)
+    return max(round_bs(x, result.largest, down, lambda bs: not result.works(bs)), result.profile.min_bs or 1)
 
 def critical(
     result:BSResult, # The result of a mock training: `learn.recorder.bs_result`
@@ -41,18 +39,25 @@ def quickest(
     reach:float=1., # Multiple of the largest batch size that was timed, beyond which nothing is suggested
 ) -> int|None: # A batch size; `None` where the noise scale, or the time of a step, is not known
     "The batch size with the shortest predicted time, of those that fit in memory"
-    table = result.table if critical(result) else None
-    if table is None: return None
-    most = reach*max(result.profile.step_time, default=0)
-    works = [_works(result, bs) for bs in table.index]
-    time = table.time[works & (table.index <= most) & ~table.fits.str.startswith('accumulate')].dropna()
-    return int(time.idxmin()) if len(time) else None
+    times = result.times(reach)
+    return None if times is None else int(times.time.idxmin())
+
+_too_open = 1.  # a regret from which on nothing is known
 
 def fastest(
     result:BSResult, # The result of a mock training: `learn.recorder.bs_result`
-) -> int|None: # A batch size; `None` where the noise scale, or the time of a step, is not known
-    "The batch size that should reach the same loss in the shortest time on this machine; never larger than those that were timed"
-    return quickest(result)
+) -> int|None: # A batch size that can be acted on; `None` where the noise scale, or the time of a step, is not known
+    "The batch size that should reach the same loss in the shortest time on this machine: of those about as fast, the nearest to the one in use"
+    times,bs0 = result.times(),result.run.bs
+    if times is None or not result.in_use.hi.iloc[-1] > 0: return
+    sure = times[times.worst < 1]
+    best = bs0
+    if len(sure) and times.time[bs0] > (1 + result.run.regret)*sure.time.min():
+        near = sure[sure.time <= 1.05*sure.time.min()]
+        clear = near[near.regret < result.run.regret]
+        best = min(clear.index, key=lambda bs: abs(math.log(bs/bs0))) if len(clear) else near.regret.idxmin()
+    if times.regret[best] > _too_open: return
+    return int(bs0 if result.race and result.race.loses(best) else best)
 
 mk_class('BSSuggestion', **{f.__name__.capitalize():f for f in (critical, fastest, average)},
          doc="All suggestion functions as attributes, for tab-completion")
