@@ -313,7 +313,7 @@ def test_no_advice_where_examples_depend_on_each_other(model, loss):
     with learn.no_bar(): sug = learn.bs_find(.01, 120)
     result = learn.recorder.bs_result
     assert set(sug) == {None} and result.table is None and result.advised is None and 'depends on the others of its batch' in str(result)
-    with pytest.raises(ValueError, match='There is no batch size in'): learn.set_bs(sug)
+    assert learn.set_bs(sug).dls.bs == 16
 
 
 @pytest.mark.parametrize('model', [nn.Sequential(nn.Linear(64, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Dropout(.5), nn.Linear(32, 10)),

@@ -1,5 +1,6 @@
 "`learn.set_bs` on every kind of learner"
 from collections import namedtuple
+from math import inf
 
 import pytest, torch
 from torch.utils import data as torch_data
@@ -14,7 +15,9 @@ from fastai_bs_finder.memory import *
 from fastai_bs_finder.set_bs import *
 from fastai_bs_finder.loaders import batch_size, n_train_examples
 from fastai_bs_finder.demo import digits_learner
+from fastai_bs_finder.result import keep_result
 from footprint import changes, forget, state
+from results import result
 from learners import Learner, applications, digits, loaders, maker, mlp, nn
 
 
@@ -104,14 +107,120 @@ def test_the_answer_of_bs_find_and_its_advice(capsys):
     def said(bs):
         learn.set_bs(bs)
         return capsys.readouterr().out.splitlines()[-1]
-    n,row = learn.dls.train.n,learn.recorder.bs_table.loc[64]
-    assert said(64) == f"Batches of 64 examples, {-(-n//64)} steps per epoch. bs_find's advice for it: lr≈{row.lr:.2g}, about {row.epochs:.2g} times the epochs."
+    n,(n_epoch,lr,_) = learn.dls.train.n,learn.recorder.bs_result.plan(64, 3)
+    assert said(64) == (f"Batches of 64 examples, {-(-n//64)} steps per epoch. To get as far as in 3 epochs, train for {n_epoch} at lr≈{lr:.2g}: "
+                        "learn.fit_one_cycle(*learn.bs_plan(3))")
     assert said(16) == f'Batches of 16 examples, {-(-n//16)} steps per epoch.'  # the size that was measured with
     learn.set_bs(sug)
-    assert learn.dls.bs == (sug.fastest or sug.critical)
-    Sug = namedtuple('Sug', 'critical fastest')
-    assert learn.set_bs(Sug(32, None)).dls.bs == 32 and learn.set_bs(Sug(32, 48)).dls.bs == 48
-    with pytest.raises(ValueError, match='no batch size in Sug'): learn.set_bs(Sug(None, None))
+    assert learn.dls.bs == (sug.fastest or 16)
+    assert learn.set_bs(Sug(32, 48)).dls.bs == 48
+    Own = namedtuple('Own', 'mine critical')
+    assert learn.set_bs(Own(32, None)).dls.bs == 32
+    with pytest.raises(ValueError, match="no batch size in {'mine': None, 'critical': None}"): learn.set_bs(Own(None, None))
+
+
+Sug = namedtuple('Sug', 'critical fastest')
+known = (350, 300, 400),(400, 300, 500),(450, 350, 600)
+timed = {b: .004 + 2e-5*b for b in (16, 64, 256, 1024)}
+
+
+@pytest.mark.parametrize('found,why', [
+    (result(*known, bs=16), 'how fast other batch sizes are on this machine is not known'),
+    (result((350, 3, 4e5), bs=16, step_time=timed), 'the noise scale is not known well enough'),
+    (result((-350, 0, inf), bs=16, step_time=timed), 'the noise scale is not known'),
+    (result(bs=16), 'the noise scale is not known'),
+    (result(*known, bs=16, step_time=timed, alike=True), 'the training loader does not draw its batches at random'),
+    (result(*known, bs=16, step_time=timed, mixed=True), 'two trainings take turns in this learner'),
+    (result(*known, bs=16, step_time=timed, loss='between'), "an example's part in this loss depends on the others of its batch")])
+def test_what_is_not_known_to_be_faster_changes_nothing(found, why, capsys):
+    assert found.suggested['fastest'] is None
+    learn = digits_learner()
+    was,sug = state(learn),Sug(*found.suggested.values())
+    assert learn.set_bs(sug) is learn and capsys.readouterr().out == 'The batch size stays at 16: bs_find could not tell a faster one.\n'
+    said = f'The batch size stays at 16: bs_find could not tell a faster one, because {why}.'
+    for o in (sug, found):
+        keep_result(learn.recorder, 'bs_result', found if o is sug else None)
+        assert learn.set_bs(o) is learn and ' '.join(capsys.readouterr().out.split()) == said
+    keep_result(learn.recorder, 'bs_result', found)
+    learn.set_bs(Sug(7, None))  # somebody else's
+    assert 'because' not in capsys.readouterr().out and changes(was, state(learn)) == []
+    with learn.no_logging(): learn.set_bs(32, fits=8).set_bs(sug)
+    assert learn.dls.bs == 8
+    learn.set_bs(sug)
+    assert 'stays at 32' in capsys.readouterr().out
+
+
+def having(learn, *rows, **facts):
+    "A learner for which `bs_find` found that"
+    found = result(*rows, **dict(bs=16, n=1500, lr=.1, lr_given=.1) | facts)
+    keep_result(learn.recorder, 'bs_result', found)
+    return found
+
+
+class Epochs(Callback):
+    order = 70
+    def before_fit(self): self.fits = getattr(self, 'fits', [])
+    def after_fit(self): self.fits.append((self.n_epoch, self.learn.opt.hypers[-1]['lr']))
+
+
+def test_a_plan():
+    "Worked out by hand: with a noise scale of 48, 48 examples at once take half of the steps of 16, so 1.5 times the epochs, and bear twice the lr"
+    learn = digits_learner(bs=16)
+    having(learn, *[(48, 48, 48)]*3, n=15_000)
+    assert learn.bs_plan(3) == (3, .1) and learn.bs_plan(1) == (1, .1)
+    with learn.no_logging():
+        learn.set_bs(48)
+        assert learn.bs_plan(4) == (6, pytest.approx(.2)) and learn.bs_plan(1)[0] == 2
+        learn.set_bs(48, fits=24)  # accumulated
+        assert learn.dls.bs == 24 and learn.bs_plan(4) == (6, pytest.approx(.2))
+        learn.set_bs(4)  # 3.25 times the steps: 0.8125 times the epochs
+        assert learn.bs_plan(16) == (13, pytest.approx(.1/3.25))
+        for given,scaled in ((slice(.01, .1), slice(.02, .2)), (slice(.1), slice(.2)), ([.01, .1], [.02, .2])):
+            having(learn.set_bs(48), *[(48, 48, 48)]*3, n=15_000, lr_given=given)
+            n,lr = learn.bs_plan(4)
+            if isinstance(lr, slice): lr,scaled = ([v for v in (s.start, s.stop) if v] for s in (lr, scaled))
+            assert n == 6 and lr == pytest.approx(scaled) and type(learn.bs_plan(4)) is tuple
+
+
+def test_a_plan_has_a_hundred_steps_unless_the_training_had_fewer():
+    learn = digits_learner(bs=16)
+    having(learn, *[(1e6, 1e6, 1e6)]*3, step_time=timed)
+    with learn.no_logging(): learn.set_bs(512)
+    assert [learn.bs_plan(n)[0] for n in (1, 2, 40)] == [32, 35, 40]  # 94 steps, 100, 117
+
+
+def test_a_plan_of_an_unknown_noise_scale():
+    learn = digits_learner(bs=16)
+    for rows,facts in (((), {}), ([(-5, 0, inf)], {}), (known, dict(alike=True)), (known, dict(biased=True))):
+        having(learn, *rows, **facts, lr_given=slice(.01, .1))
+        assert learn.bs_plan(3) == (3, slice(.01, .1))
+        with learn.no_logging(): learn.set_bs(32)
+        with pytest.raises(ValueError, match='n_epoch=3 at bs=16 cannot be converted to bs=32: .*, or go back, learn.set_bs' if not facts.get('biased') else 'without finder'):
+            learn.bs_plan(3)
+        with learn.no_logging(): learn.set_bs(16)
+    for facts,words in ((dict(lr=0, lr_given=0), 'with lr=0: call it with the learning rate of a training'),
+                        (dict(stopped='loss'), 'not finite: call it again as it said')):
+        having(learn, *known, **facts)
+        with pytest.raises(ValueError, match=words): learn.bs_plan(3)
+
+
+@pytest.mark.parametrize('n_epoch', (0, -1, 2.5, True, None, '3'))
+def test_no_plan_for_bad_input(n_epoch):
+    learn = digits_learner(bs=16)
+    with pytest.raises(ValueError, match='epochs at the batch size that bs_find measured at, and there was none yet: call learn.bs_find'): learn.bs_plan(3)
+    having(learn, *known)
+    with pytest.raises(ValueError, match=f'n_epoch={n_epoch!r} is not a whole number of 1 or more'): learn.bs_plan(n_epoch)
+
+
+@pytest.mark.parametrize('fit', ('fit', 'fit_one_cycle', 'fine_tune'))
+def test_a_training_takes_its_plan(fit):
+    learn = digits_learner(bs=16, cbs=Epochs())
+    having(learn, *[(48, 48, 48)]*3, n=15_000)
+    with learn.no_bar(), learn.no_logging():
+        learn.set_bs(48)
+        getattr(learn, fit)(*learn.bs_plan(4))
+    assert learn.epochs.fits[-1][0] == 6
+    if fit == 'fit': assert learn.epochs.fits[-1][1] == pytest.approx(.2)
 
 
 def test_memory_is_respected_if_it_is_known(monkeypatch):
@@ -236,7 +345,7 @@ def test_what_is_suggested_for_a_batch_norm_can_be_trained_with(bs):
         assert not result.profile.trouble and result.run.stopped == ''
         forget(learn)
         assert changes(was, state(learn)) == []
-        assert not any(result.leaves_one(b) for b in sug if b)
+        assert not any(result.leaves_one(b) for b in sug if b and b != bs)  # `set_bs` leaves out the last example
         learn.set_bs(sug)
     quiet_fit(learn)
 
