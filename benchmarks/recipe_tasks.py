@@ -40,8 +40,8 @@ def pictures(url, train, valid, n_train=None, n_valid=None):
 
 mnist = partial(pictures, URLs.MNIST, 'training', 'testing')
 cifar = partial(pictures, URLs.CIFAR, 'train', 'test')
-def convnet(): return nn.Sequential(ConvLayer(1, 8, stride=2), ConvLayer(8, 16, stride=2), ConvLayer(16, 32, stride=2), nn.Flatten(), nn.Linear(32*4*4, 10))
-def resnet(): return nn.Sequential(ConvLayer(3, 8), *(ResBlock(1, n, 2*n, stride=2) for n in (8, 16, 32)), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
+def convnet(): return nn.Sequential(ConvLayer(1, 16, stride=2), ConvLayer(16, 32, stride=2), ConvLayer(32, 64, stride=2), nn.Flatten(), nn.Linear(64*4*4, 10))
+def resnet(): return nn.Sequential(ConvLayer(3, 16, stride=2), *(ResBlock(1, n, 2*n, stride=2) for n in (16, 32, 64)), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 10))
 
 
 @cache
@@ -139,7 +139,7 @@ def reviews(): return TextDataLoaders.from_df(pd.read_csv(untar_data(URLs.IMDB_S
 
 class BagOfWords(nn.Module):
     "The mean of the words' embeddings, padding left out, and two layers"
-    def __init__(self, n_vocab, n=100):
+    def __init__(self, n_vocab, n=400):
         super().__init__()
         self.emb,self.out = nn.Embedding(n_vocab, n, padding_idx=1),nn.Sequential(nn.Linear(n, 50), nn.ReLU(), nn.Dropout(.2), nn.Linear(50, 2))
 
@@ -196,7 +196,7 @@ class Task(NamedTuple):
 
 tasks = {
     'Rossmann': Task(rossmann_learner, 2),
-    'ADULT': Task(adult_learner, 5),
+    'ADULT': Task(adult_learner, 8),
     'MNIST, ConvNet': Task(partial(classifier, mnist, convnet), 3),
     'CIFAR-10 subset, resnet': Task(partial(classifier, cifar, resnet), 5),
     'Surnames, LSTM': Task(partial(classifier, names, NamesLSTM), 8),
