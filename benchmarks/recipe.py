@@ -54,13 +54,14 @@ columns = [*key, *'bs lr epochs valid_loss metric value training validation find
 
 
 def run_task(name, seeds, done):
-    "All trainings of a task that are not done, one after the other, so that a machine that slows down slows all of them; a row of the csv as soon as there is one"
+    "All trainings of a task that are not done, one after the other: a machine that slows down slows all of them. Each adds a row to the csv"
     tasks[name].make(from_, 0)  # loads the data
     for seed in seeds:
         for bs0 in starts:
             for way in [w for w,sizes in ways.items() if bs0 in sizes and (name, w, bs0, seed) not in done]:
                 row = dict(task=name, way=way, bs0=bs0, seed=seed) | run(tasks[name], way, bs0, seed)
-                with FileLock(f'{here.parent}/build/recipe.lock'): pd.DataFrame([row], columns=columns).to_csv(out, mode='a', header=not out.exists(), index=False, float_format='%.5g')
+                with FileLock(f'{here.parent}/build/recipe.lock'):
+                    pd.DataFrame([row], columns=columns).to_csv(out, mode='a', header=not out.exists(), index=False, float_format='%.5g')
                 print({k: v for k,v in row.items() if k != 'said'}, flush=True)
 
 
@@ -84,8 +85,9 @@ def compare(df):
         if not len(both): continue
         a,b = a.loc[both],b.loc[both]
         sign = -1 if a.metric.iloc[0] in lower_is_better else 1
-        rows.append(dict(task=task, bs0=bs0, metric=a.metric.iloc[0], a=a, b=b, seconds=a.total.mean(), training=geomean(b.training/a.total), finder=geomean(b.finder/a.total), total=geomean(b.total/a.total),
-                         worse=sign*(a.value.mean() - b.value.mean()), sd=a.value.std(), late=(b.finder > np.maximum(60, a.total/2)).sum()))
+        rows.append(dict(task=task, bs0=bs0, metric=a.metric.iloc[0], a=a, b=b, seconds=a.total.mean(), sd=a.value.std(),
+                         worse=sign*(a.value.mean() - b.value.mean()), late=(b.finder > np.maximum(60, a.total/2)).sum())
+                    | {q: geomean(b[q]/a.total) for q in ('training', 'finder', 'total')})
     return pd.DataFrame(rows)
 
 
@@ -98,14 +100,16 @@ def start_table(c):
     rows = []
     for bs0,d in [*c.groupby('bs0'), ('all', c)]:
         slow = d[d.seconds >= long]
-        rows.append({'from bs': bs0, f'{long} s or more': len(slow), 'training': geomean(slow.training), 'finder': geomean(slow.finder), 'total': geomean(slow.total), 'longest': slow.total.max(),
-                     'cases': len(d), 'metric worse': (d.worse > d.sd).sum(), 'metric better': (-d.worse > d.sd).sum()})
+        rows.append({'from bs': bs0, f'{long} s or more': len(slow)} | {q: geomean(slow[q]) for q in ('training', 'finder', 'total')}
+                    | {'longest': slow.total.max(), 'cases': len(d), 'metric worse': (d.worse > d.sd).sum(), 'metric better': (-d.worse > d.sd).sum()})
     return pd.DataFrame(rows)
 
 
 def main_table(c):
-    return pd.DataFrame([{'task': r.task, 'bs0': r.bs0, 'bs': listed(r.b.bs), 'epochs': f'{listed(r.a.epochs)} → {listed(r.b.epochs)}', 'metric': r.metric, 'baseline': pm(r.a.value), 'with bs_find': pm(r.b.value), 'loss, baseline': pm(r.a.valid_loss),
-                          'loss, with bs_find': pm(r.b.valid_loss), 'baseline, s': r.seconds, 'training': r.training, 'finder': r.finder, 'total': r.total} for r in c.itertuples()])
+    return pd.DataFrame([{
+        'task': r.task, 'bs0': r.bs0, 'bs': listed(r.b.bs), 'epochs': f'{listed(r.a.epochs)} → {listed(r.b.epochs)}', 'metric': r.metric,
+        'baseline': pm(r.a.value), 'with bs_find': pm(r.b.value), 'loss, baseline': pm(r.a.valid_loss), 'loss, with bs_find': pm(r.b.valid_loss),
+        'baseline, s': r.seconds, 'training': r.training, 'finder': r.finder, 'total': r.total} for r in c.itertuples()])
 
 
 def control_table(df):
@@ -115,7 +119,8 @@ def control_table(df):
         base = t[t.way == 'baseline'].set_index('seed').total
         for way in ways:
             w = t[t.way == way].set_index('seed')
-            if len(w): rows.append(dict(task=task, way=way, bs=listed(w.bs), metric=w.metric.iloc[0], value=pm(w.value), valid_loss=pm(w.valid_loss), total=geomean((w.total/base).dropna())))
+            if len(w): rows.append(dict(task=task, way=way, bs=listed(w.bs), metric=w.metric.iloc[0], value=pm(w.value), valid_loss=pm(w.valid_loss),
+                                        total=geomean((w.total/base).dropna())))
     return pd.DataFrame(rows)
 
 
@@ -153,7 +158,9 @@ def page():
     refused = found.said.str.startswith('ValueError').sum()
     def named(d): return ', '.join(f'{r.task} from {r.bs0}' for r in d.itertuples())
     picture(df)
-    def md(d): return d.map(lambda o: f'{o:.2f}' if isinstance(o, float) else o).to_markdown(index=False, disable_numparse=True, colalign=['left'] + ['right']*(d.shape[1] - 1))
+    def md(d):
+        d = d.map(lambda o: f'{o:.2f}' if isinstance(o, float) else o)
+        return d.to_markdown(index=False, disable_numparse=True, colalign=['left'] + ['right']*(d.shape[1] - 1))
     n_seeds = df.seed.nunique()
     write_page('recipe', 'Does it pay?', f"""Made by `benchmarks/recipe.py` from the trainings in `recipe.csv`, which it runs first (`make recipe`; tasks in `recipe_tasks.py`), {n_seeds} seed{'s'*(n_seeds > 1)}. The baseline is what a newcomer types: `lr_find().valley`, then `fit_one_cycle`. With the finder, between the two:
 `sug = learn.bs_find(lr)`, `learn.set_bs(sug)`, and `fit_one_cycle(*learn.bs_plan(n_epoch))`, from the same seed. Each is validated after every epoch. Times are of training with validation, and of the finder (`bs_find`, `set_bs`, `bs_plan`), relative to the baseline's; `lr_find` is in all of them and not counted, nor is loading the data.

@@ -22,7 +22,8 @@ from tasks import images
 
 def loaders(train, valid, bs):
     "Loaders of tensors in memory, which make a batch at once; those of training shuffle"
-    return DataLoaders(*(DataLoader(ds, bs=bs, shuffle=s, drop_last=s, create_item=noop, create_batch=ds.__getitem__) for ds,s in ((train, True), (valid, False))), device='cpu')
+    def loader(ds, shuffle): return DataLoader(ds, bs=bs, shuffle=shuffle, drop_last=shuffle, create_item=noop, create_batch=ds.__getitem__)
+    return DataLoaders(loader(train, True), loader(valid, False), device='cpu')
 
 
 def classifier(data, model, bs): return Learner(loaders(*data(), bs), model(), loss_func=CrossEntropyLossFlat(), metrics=accuracy)
@@ -40,8 +41,16 @@ def pictures(url, train, valid, n_train=None, n_valid=None):
 
 mnist = partial(pictures, URLs.MNIST, 'training', 'testing')
 cifar = partial(pictures, URLs.CIFAR, 'train', 'test')
-def convnet(): return nn.Sequential(ConvLayer(1, 16, stride=2), ConvLayer(16, 32, stride=2), ConvLayer(32, 64, stride=2), nn.Flatten(), nn.Linear(64*4*4, 10))
-def resnet(): return nn.Sequential(ConvLayer(3, 16, stride=2), *(ResBlock(1, n, 2*n, stride=2) for n in (16, 32, 64)), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 10))
+
+
+def convnet():
+    convs = [ConvLayer(a, b, stride=2) for a,b in ((1, 16), (16, 32), (32, 64))]
+    return nn.Sequential(*convs, nn.Flatten(), nn.Linear(64*4*4, 10))
+
+
+def resnet():
+    blocks = [ResBlock(1, n, 2*n, stride=2) for n in (16, 32, 64)]
+    return nn.Sequential(ConvLayer(3, 16, stride=2), *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 10))
 
 
 @cache
@@ -98,24 +107,28 @@ def rossmann_table():
     return df
 
 
-rossmann_cats = ['Store', 'DayOfWeek', 'Year', 'Month', 'Day', 'StateHoliday', 'CompetitionMonthsOpen', 'Promo2Weeks', 'StoreType', 'Assortment', 'PromoInterval', 'CompetitionOpenSinceYear',
-                 'Promo2SinceYear', 'State', 'Week', 'Events', 'Promo_fw', 'Promo_bw', 'StateHoliday_fw', 'StateHoliday_bw', 'SchoolHoliday_fw', 'SchoolHoliday_bw']
-rossmann_conts = ['CompetitionDistance', 'Max_TemperatureC', 'Mean_TemperatureC', 'Min_TemperatureC', 'Max_Humidity', 'Mean_Humidity', 'Min_Humidity', 'Max_Wind_SpeedKm_h',
-                  'Mean_Wind_SpeedKm_h', 'CloudCover', 'trend', 'trend_DE', 'AfterStateHoliday', 'BeforeStateHoliday', 'Promo', 'SchoolHoliday']
+rossmann_cats = ['Store', 'DayOfWeek', 'Year', 'Month', 'Day', 'StateHoliday', 'CompetitionMonthsOpen', 'Promo2Weeks', 'StoreType', 'Assortment',
+                 'PromoInterval', 'CompetitionOpenSinceYear', 'Promo2SinceYear', 'State', 'Week', 'Events', 'Promo_fw', 'Promo_bw',
+                 'StateHoliday_fw', 'StateHoliday_bw', 'SchoolHoliday_fw', 'SchoolHoliday_bw']
+rossmann_conts = ['CompetitionDistance', 'Max_TemperatureC', 'Mean_TemperatureC', 'Min_TemperatureC', 'Max_Humidity', 'Mean_Humidity', 'Min_Humidity',
+                  'Max_Wind_SpeedKm_h', 'Mean_Wind_SpeedKm_h', 'CloudCover', 'trend', 'trend_DE', 'AfterStateHoliday', 'BeforeStateHoliday', 'Promo',
+                  'SchoolHoliday']
 
 
 @cache
 def rossmann(n=60_000):
-    "`n` rows to train on at random, and as large a part of the last weeks to validate; the table is kept in build/"
-    kept = here.parent/'build'/'rossmann.pkl'
+    "`n` rows to train on at random, and as large a part of the last weeks to validate; these are kept in build/"
+    kept = here.parent/'build'/f'rossmann-{n}.pkl'
     kept.parent.mkdir(exist_ok=True)
     with FileLock(f'{kept}.lock'):
-        if not kept.exists(): rossmann_table()[[*rossmann_cats, *rossmann_conts, 'Sales', 'log_sales', 'valid']].to_pickle(kept)
+        if not kept.exists():
+            df = rossmann_table()[[*rossmann_cats, *rossmann_conts, 'Sales', 'log_sales', 'valid']]
+            df.sample(frac=n/(~df.valid).sum(), random_state=0, ignore_index=True).to_pickle(kept)
     df = pd.read_pickle(kept)
-    df = df.sample(frac=n/(~df.valid).sum(), random_state=0, ignore_index=True)
     splits = [df.index[part].tolist() for part in (~df.valid, df.valid)]
-    to = TabularPandas(df[[*rossmann_cats, *rossmann_conts, 'log_sales']].copy(), [FillMissing, Categorify, Normalize], rossmann_cats, rossmann_conts, 'log_sales', splits=splits)
-    return to,np.log(1.2*df.Sales.max())
+    df,top = df.drop(columns=['Sales', 'valid']),np.log(1.2*df.Sales.max())
+    to = TabularPandas(df, [FillMissing, Categorify, Normalize], rossmann_cats, rossmann_conts, 'log_sales', splits=splits)
+    return to,top
 
 
 def rossmann_learner(bs):
@@ -139,7 +152,7 @@ def reviews(): return TextDataLoaders.from_df(pd.read_csv(untar_data(URLs.IMDB_S
 
 class BagOfWords(nn.Module):
     "The mean of the words' embeddings, padding left out, and two layers"
-    def __init__(self, n_vocab, n=400):
+    def __init__(self, n_vocab, n=200):
         super().__init__()
         self.emb,self.out = nn.Embedding(n_vocab, n, padding_idx=1),nn.Sequential(nn.Linear(n, 50), nn.ReLU(), nn.Dropout(.2), nn.Linear(50, 2))
 
@@ -152,7 +165,8 @@ def imdb_learner(bs): return Learner(rebatched(reviews(), bs), BagOfWords(len(re
 @cache
 def names():
     "Names as padded rows of character numbers, their lengths, and their languages"
-    lines = [(name.strip(), i) for i,f in enumerate(sorted((fastai_path('data')/'names').glob('*.txt'))) for name in f.read_text(encoding='utf8').splitlines() if name.strip()]
+    files = sorted((fastai_path('data')/'names').glob('*.txt'))
+    lines = [(name.strip(), i) for i,f in enumerate(files) for name in f.read_text(encoding='utf8').splitlines() if name.strip()]
     chars = {c: i + 1 for i,c in enumerate(sorted({c for name,_ in lines for c in name}))}
     xs = pad_sequence([torch.tensor([chars[c] for c in name]) for name,_ in lines], batch_first=True)
     lens,y = torch.tensor([len(name) for name,_ in lines]),torch.tensor([i for _,i in lines])
