@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help install data demo test test-all oldest ecosystem table notebooks short readme docs bench training clean
+.PHONY: help install data demo test test-all oldest ecosystem table notebooks short readme docs bench training recipe clean
 
 help:
 	@echo "make demo       find the batch size of a small learner: ends in under a minute"
@@ -18,7 +18,8 @@ help:
 	@echo "make readme     make README.md from nbs/index.ipynb"
 	@echo "make docs       build the site of documentation into _docs"
 	@echo "make bench      measure accuracy, time and memory, and write the pages of results (half an hour)"
-	@echo "make training   run the real trainings that predictions are compared with (an hour); both need FASTAI_HOME"
+	@echo "make training   run the real trainings that predictions are compared with (an hour)"
+	@echo "make recipe     run the trainings with and without bs_find, from lr_find to the validation (two hours); these three need FASTAI_HOME"
 	@echo "make clean      remove what was built, .venv included"
 
 install: $(VENV)/.dev
@@ -76,11 +77,15 @@ docs: install
 	$(BIN)/python docs/build.py
 
 bench: $(VENV)/.bench
-	for name in accuracy scaling overhead finders growing distributed optimizers prediction results; do $(BIN)/python -W ignore benchmarks/$$name.py || exit 1; done
+	for script in accuracy.py scaling.py overhead.py finders.py growing.py distributed.py optimizers.py prediction.py 'recipe.py --page' results.py; do \
+		$(BIN)/python -W ignore benchmarks/$$script || exit 1; done
 
 training: $(VENV)/.bench
 	rm -f benchmarks/training.csv
 	$(BIN)/python -W ignore benchmarks/training.py
+
+recipe: $(VENV)/.bench
+	$(BIN)/python -W ignore benchmarks/recipe.py --fresh
 
 clean:
 	rm -rf $(VENV) .venv-oldest .venv-ecosystem _docs build dist *.egg-info
