@@ -202,6 +202,17 @@ class BSResult(Result):
         "Why the measurements do not tell what other batch sizes would do, a key of `words.hindrances`; empty where they do"
         return 'mixed' if self.run.mixed else 'alike' if self.run.alike else 'between' if self.run.loss == 'between' else ''
 
+    @property
+    def failure(self) -> str:
+        "Why the mock training is none to go by, a key of `words.failures`; empty where it is"
+        run = self.run
+        if run.stopped in ('loss', 'first loss'): return run.stopped
+        if run.biased: return 'biased'
+        if run.lr == 0: return 'lr'
+        if not len(self) or 'loss' not in self.stats: return ''
+        first,last = self.stats.loss.iloc[0] if math.isnan(run.first_loss) else run.first_loss,self.stats.loss.iloc[-1]
+        return 'rose' if last - first > abs(first) else ''
+
     @cached_property
     def mean_noise_scale(self) -> tuple|None:
         "The noise scale averaged over the mock training, see `mean_noise_scale`; `None` where there is a `hindrance`"
