@@ -42,7 +42,7 @@ def check_profile(
     profile, # `True`, `False`, or a share of the time
 ) -> float: # The share of the measurements' time that the profile may take
     "Take what `bs_find` is given as `profile`"
-    if isinstance(profile, bool): return .2*profile
+    if isinstance(profile, bool): return .5*profile
     if not isinstance(profile, Real) or not 0 <= profile < math.inf:
         raise ValueError(f"profile={profile!r} is not True, False or a share of the time of 0 or more, such as 0.2")
     return float(profile)

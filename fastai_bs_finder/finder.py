@@ -22,17 +22,19 @@ from fastai.learner import Learner
 from fastai.torch_core import num_distrib
 from .batches import collated, how_to_count, loss_inputs, n_examples, part_of
 from .checks import check_learner, check_lr, check_opt, check_profile, check_whole, suggestion_names
-from .loaders import Passes, batch_size, check_epoch, check_length, dealt_out, keeps_order, leave_out_one, leaves_out_one
+from .loaders import Passes, batch_size, check_empty, check_epoch, dealt_out, keeps_order, leave_out_one, leaves_out_one
 from .loaders import len_or_none, n_in_data, n_items, n_train_examples
 from .losses import BatchLoss
-from .memory import estimate_memory, warm_up
+from .memory import estimate_memory
 from .metric import OptMeter, normalizes
 from .mock import MockCallback, StepClock, in_step, loss_scale, mock_training, pass_parts, set_gradients
 from .noise import GradSums, NoiseAverage
 from .order import BatchOrder
 from .processes import by_itself, processes_of, together
 from .profile import profile_steps
+from .race import run_race
 from .result import BSResult, Run, keep_result, keep_sizes, layer_table
+from .snapshot import Snapshot
 from .suggest import critical, fastest, quickest
 from .words import bs_summary, noise_scale_so_far, say
 import fastai_bs_finder.plot
@@ -42,7 +44,7 @@ class BSFinder(MockCallback):
     "Measures the noise scale during training: `n_batch` batches at fixed weights, one step with their mean gradient, `n_train` ordinary steps, and again"
     order,biased = TrainEvalCallback.order-1,False
     def __init__(self,
-        num_it:int, # Number of batches to spend in all
+        num_it:int, # Number of batches to spend, at most
         n_batch:int=10, # Number of batches per measurement, 2 or more; where several processes train together, of each, 1 or more
         beta:float=.9, # EMA factor over measurements, in [0, 1)
         n_train:int|None=None, # Number of ordinary training steps between measurements; `None`: as many as `n_batch`
@@ -59,6 +61,7 @@ class BSFinder(MockCallback):
         if not isinstance(beta, Real): raise ValueError(f"beta={beta!r} is not a number in [0, 1)")
         NoiseAverage(beta)
         self.num_it,self.n_batch,self.beta,self.n_train,self.pbar = num_it,n_batch,beta,n_train,pbar
+        self.enough = lambda: ''
         self._start()
 
     def _start(self):
@@ -68,11 +71,13 @@ class BSFinder(MockCallback):
         self.batch_loss,self._weighs,self._weights = BatchLoss(),False,[]
         self.order_of_batches,self._trained,self._turns = BatchOrder(),{},set()
         self._left_to_train,self._measuring,self._loss_sum,self._clock = 0,False,0.,StepClock()
-        self.first_loss = torch.tensor(math.nan)
+        self.first_loss,self.why_enough = torch.tensor(math.nan),''
 
     def before_fit(self):
-        self._start()
-        self.meter = OptMeter(self.opt, self.beta)
+        if self.why_enough: self.why_enough,self._left_to_train,self._clock = '',self.n_train,StepClock()  # it goes on
+        else:
+            self._start()
+            self.meter = OptMeter(self.opt, self.beta)
         self.run_facts['processes'] = self.processes.size
         if self.pbar: self.pbar.update(0)
 
@@ -90,7 +95,7 @@ def _drop_measurement(self:BSFinder):
 @patch
 def before_batch(self:BSFinder):
     if not self.spent and self.processes.size == 1: pass_parts(self.learn, self.batch_loss)
-    if not self.epoch: self.order_of_batches.add(self.xb, self.yb, n_examples(self.learn), partial(part_of, self.learn))
+    if not self.epoch and self.seen < (n_items(dealt_out(self.dls.train)) or math.inf): self.order_of_batches.add(self.xb, self.yb, n_examples(self.learn), partial(part_of, self.learn))
     cycle = self.n_train + self.n_batch
     if not self.spent and self.num_it >= 4*cycle and self.n_iter >= cycle: self._left_to_train = self.n_train
     fits = self.n_batch <= min(self.n_iter - self.iter, self.num_it - self.spent)
@@ -209,6 +214,7 @@ def _complete(self:BSFinder, bs, loss_scale):
     self.rows.append(dict(batch=self.spent + 1, step=self.steps, samples=self.seen + bs*self.processes.size, loss=loss) | self.columns())
     if self.pbar and (comment := noise_scale_so_far(self.rows[-1])): self.pbar.comment = comment
     self.step_with(mean)
+    self.why_enough = self.enough()
 
 @patch
 def columns(self:BSFinder) -> dict: # Of the simple noise scale, and with prefix `opt_` of the optimizer's
@@ -241,14 +247,14 @@ def after_batch(self:BSFinder):
     self.spent += 1
     self.seen += n_examples(self.learn)*self.processes.size
     if self.pbar: self.pbar.update(self.spent)
-    if self.spent >= self.num_it: raise CancelFitException
+    if self.why_enough or self.spent >= self.num_it: raise CancelFitException
 
 @patch
 def result(self:BSFinder) -> BSResult: # Without what is known of time and memory, and without suggestions
     "The measurements so far, and how they were taken"
     names = [*('batch', 'step', 'samples', 'loss'), *NoiseAverage().columns(), *NoiseAverage().columns('opt_')]
     uneven = float(np.std(self._weights)/np.mean(self._weights)) if any(self._weights) else 0.
-    facts = dict(bs=self.bs, spent=self.spent, stopped='ended' if self.spent < self.num_it else '', first_loss=float(self.first_loss),
+    facts = dict(bs=self.bs, spent=self.spent, stopped='ended' if self.spent < self.num_it and not self.why_enough else '', first_loss=float(self.first_loss),
                  opt='adam' if self.meter and normalizes(self.meter.metric.opt) else 'sgd', loss=self.batch_loss.kind, uneven=uneven, mixed=self._take_turns())
     return BSResult(pd.DataFrame(self.rows, columns=None if self.rows else names), Run(**facts | self.run_facts))
 
@@ -275,27 +281,32 @@ def profile_learner(
     budget:float, # Seconds to spend
 ) -> BSResult: # With what is known of time and memory
     "Find out what fits in memory, and time the batch sizes that matter"
-    warm_up()
     end,processes,bs = time.perf_counter() + budget,processes_of(learn),result.run.bs
     seconds = processes.agree(median(step_seconds) if len(step_seconds) > 2 else math.nan, np.max)
     sizes = _sizes_that_work(learn, bs, budget/3, processes)
-    result = result.changed(step_time={} if math.isnan(seconds) else {bs: float(seconds)}, **sizes)
+    known = {} if math.isnan(seconds) else dict(step_time={bs: float(seconds)}, timings={bs: step_seconds})
+    result = result.changed(**known, **sizes)
     end = max(end, time.perf_counter() + budget/2)  # whatever that took
 
-    def timed(result, sizes, seconds):
-        known = result.profile
-        most = min(result.run.n or math.inf, known.failed - 1 if known.capped else known.max_bs or math.inf)
-        sizes = [b for b in sizes if b not in known.step_time and b <= most]
-        return result.changed(profile=profile_steps(learn, sizes, seconds, known))
-    result = timed(result, [bs, 4*bs], .7*(end - time.perf_counter()))
-    if len(result.profile.step_time) < 2 and result.profile.trouble in ('', 'failed'): result = timed(result, [2*bs], end - time.perf_counter())
-    if result.profile.capped and not result.profile.min_bs and bs > 1: result = timed(result, [max(bs//2, 1)], math.inf)
+    result = _timed(learn, result, [bs, 2*bs], .7*(end - time.perf_counter()))
+    if result.profile.capped and not result.profile.min_bs and bs > 1: result = _timed(learn, result, [max(bs//2, 1)], math.inf)
     if len(result.profile.step_time) < 2: return result.changed(trouble=result.profile.trouble or ('failed' if result.profile.capped else 'short'))
-    result = result.changed(trouble='')
+    return _time_the_best(learn, result.changed(trouble=''), end - time.perf_counter())
+
+def _timed(learn, result, sizes, seconds):
+    "Time those of `sizes` that are not timed yet, and should work"
+    known = result.profile
+    most = min(result.run.n or math.inf, known.failed - 1 if known.capped else known.max_bs or math.inf)
+    sizes = [b for b in sizes if b not in known.step_time and b <= most]
+    return result.changed(profile=profile_steps(learn, sizes, seconds, known))
+
+def _time_the_best(learn, result, seconds):
+    "Time the batch size that seems to be the fastest, until it has been timed itself"
+    end = time.perf_counter() + seconds
     for _ in range(4):
         best = quickest(result, 4)
         if best is None or best in result.profile.step_time: break
-        result = timed(result, [best], end - time.perf_counter())
+        result = _timed(learn, result, [best], end - time.perf_counter())
         if result.profile.trouble: return result.changed(trouble='')  # two sizes or more are known
     return result.changed(cut_short=bool(best and best > max(result.profile.step_time)))
 
@@ -310,7 +321,54 @@ def _alike(learn, cb, n_epoch_it):
         except Exception: pass  # so many items of this data set make no batch
     return order.alike()
 
-def _measure(learn, cb, lr, n_epoch_it, share, least, processes):
+_least_measurements,_least_bound = 6,200
+
+def _budget(num_it, n_batch, n_epoch_it, least):
+    "The most batches to spend, and the number of batches per measurement, where they were not given"
+    if n_batch is None: n_batch = 10 if n_epoch_it is None else max(min(10, max(n_epoch_it//20, 4), n_epoch_it), least)
+    return max(n_epoch_it or 0, _least_bound) if num_it is None else num_it,n_batch
+
+def _why_enough(result, n_epoch_it):
+    "Why no more measurements are wanted: the choice is clear, or they would cost more than they can save. Empty where they are"
+    times,bs,run = result.times(),fastest(result),result.run
+    if times is None: return ''
+    regret = times.regret[bs or run.bs]
+    if bs and regret < run.regret: return 'clear'
+    return 'cost' if n_epoch_it and run.spent > regret/(1 + regret)*run.n_epoch*n_epoch_it else ''
+
+def _settle(learn, cb, measure, result, budget, seconds, n_epoch_it, races):
+    "Time what matters, measure on until the choice is clear, and hold a race"
+    def open_choice(): return _why_enough(cb.result().changed(profile=result.profile, **given), n_epoch_it)
+    given = dict(n=result.run.n, n_epoch=result.run.n_epoch, regret=result.run.regret, drop_last=result.run.drop_last)
+    here = Snapshot(learn, [cb])
+    try: result = profile_learner(learn, result, cb.step_seconds, budget)
+    finally: here.restore()
+    why = _why_enough(result, n_epoch_it)
+    if not why and cb.why_enough and not result.hindrance:
+        cb.enough = open_choice
+        result = measure().changed(profile=result.profile)
+        why = cb.why_enough
+        here = Snapshot(learn, [cb])
+        try: result = _time_the_best(learn, result, budget/2)
+        finally: here.restore()
+    result = result.changed(enough=why)
+    bs = fastest(result)
+    if not races or bs in (None, result.run.bs): return result
+    if seconds < _least_steps*float(result.step_time(bs)): return result
+    try: return result.changed(race=run_race(learn, result, [result.run.bs, bs], seconds, partial(_one_more, result, bs, seconds)))
+    except Exception: return result  # it is not the measurements that fail
+
+_least_steps,_long_race = 8,2.  # steps of a batch size in a race, seconds from which there is a third one
+
+def _one_more(result, bs, seconds, race):
+    "A third size: beyond the suggestion, or between it and the one in use where it is behind"
+    if seconds < _long_race: return
+    times,bs0,behind = result.times(),result.run.bs,race.winner(bs) != bs
+    wanted = math.sqrt(bs0*bs) if behind else bs*2**math.copysign(1, bs - bs0)
+    third = min(times.index, key=lambda b: abs(math.log(b/wanted)))
+    return int(third) if third not in race.sizes and (behind or times.time[third] < 1.1*times.time[bs]) else None
+
+def _measure(learn, cb, lr, n_epoch_it, budget, facts, races, processes):
     "Run the mock training, and put together what it found"
     with mock_training(learn):
         learn.lr_finder = cb
@@ -318,16 +376,23 @@ def _measure(learn, cb, lr, n_epoch_it, share, least, processes):
         n = processes.examples(n_train_examples(learn))
         if leave_out_one(learn.dls.train, learn.model, n and processes.each(n)) and n_epoch_it: n_epoch_it -= 1
         processes.barrier()  # none goes into the fit without the others
+        def measure():
+            learn.fit(math.ceil((cb.num_it - cb.spent)/n_epoch_it) if n_epoch_it else 1, lr, cbs=cb)
+            first_loss = processes.agree(float(cb.first_loss), np.mean)
+            result = processes.first(cb.result().changed(alike=bool(processes.agree(float(_alike(learn, cb, n_epoch_it)), np.max))))
+            dl = learn.dls.train
+            drop_last = bool(getattr(dl, 'drop_last', False)) and not leaves_out_one(dl)
+            n_known,n_data,drops = processes.first((n, processes.examples(n_in_data(learn)), drop_last))
+            return result.changed(first_loss=float(first_loss), n=n_known, n_data=n_data, drop_last=drops, lr_given=learn.lr if lr is None else lr, **facts)
+        share,least = budget
         start = time.perf_counter()
-        learn.fit(math.ceil(cb.num_it/n_epoch_it) if n_epoch_it else 1, lr, cbs=cb)
-        first_loss = processes.agree(float(cb.first_loss), np.mean)
-        result = processes.first(cb.result().changed(alike=bool(processes.agree(float(_alike(learn, cb, n_epoch_it)), np.max))))
-        dl = learn.dls.train
-        drop_last = bool(getattr(dl, 'drop_last', False)) and not leaves_out_one(dl)
-        n,n_data,drop_last = processes.first((n, processes.examples(n_in_data(learn)), drop_last))
-        result = result.changed(first_loss=float(first_loss), n=n, n_data=n_data, drop_last=drop_last, lr_given=learn.lr if lr is None else lr)
+        if share: cb.enough = lambda: 'pause' if len(cb.rows) == _least_measurements else ''
+        result = measure()
         if not share or not len(result): return result
-        return profile_learner(learn, result, cb.step_seconds, max(share*(time.perf_counter() - start), least))
+        seconds = time.perf_counter() - start
+        return _settle(learn, cb, measure, result, max(share*seconds, least), max(_race_share*seconds, least), n_epoch_it, races)
+
+_race_share = .3  # of the time of the first measurements, for each batch size
 
 def _keep(learn, result):
     "Put the result on the recorder"
@@ -338,13 +403,16 @@ def _keep(learn, result):
 @patch
 def bs_find(self:Learner,
     lr:float|slice|list|None=None, # Learning rate of the mock training, as in `fit`; `None`: the learner's
-    num_it:int|None=None, # Number of batches to spend; `None`: one epoch, which a loader without a length does not have
-    n_batch:int=10, # Number of batches per measurement, 2 or more; where several processes train together, of each, 1 or more
+    num_it:int|None=None, # Number of batches to spend at most; `None`: an epoch or 200, whichever is more
+    n_batch:int|None=None, # Number of batches per measurement, 2 or more; of each of several processes, 1 or more. `None`: 10, fewer in a short epoch
     beta:float=.9, # EMA factor over measurements, in [0, 1)
     n_train:int|None=None, # Number of ordinary training steps between measurements; `None`: as many as `n_batch`
     show_plot:bool=True, # Draw the picture?
     suggest_funcs:Callable|tuple=(critical, fastest), # Function or functions from `learn.recorder.bs_result`, whose columns they may index, to a batch size
-    profile:bool|float=True, # Time steps at a few batch sizes, and see what fits in memory? A number: the share of the time; `True`: 0.2, or half a second
+    profile:bool|float=True, # Time steps at a few batch sizes, and see what fits in memory? A number: the share of the time; `True`: 0.5, or half a second
+    regret:float=.1, # Stop where the choice is clear: no other size could save more than this share of the time. 0: spend `num_it`
+    race:bool=True, # Let the size in use and the suggested one train for the same few seconds, and follow what comes out?
+    n_epoch:int=3, # Number of epochs that you mean to train for with the size in use
     *,
     finder:type=BSFinder, # The callback that measures
     count:Callable|None=None, # Number of examples of a batch, `count(xb, yb)`, from now on, see `count_examples`; `None`: found out
@@ -355,18 +423,23 @@ def bs_find(self:Learner,
         names,share = suggestion_names(funcs),check_profile(profile)
         check_learner(self)
         least = 2 if processes.size == 1 else 1
-        check_whole('n_batch', n_batch, least)
-        n_epoch_it = check_length(self.dls.train, num_it)
+        if n_batch is not None: check_whole('n_batch', n_batch, least)
+        check_whole('n_epoch', n_epoch, 1)
+        if not isinstance(regret, Real) or not 0 <= regret < math.inf: raise ValueError(f"regret={regret!r} is not a share of the time of 0 or more, such as 0.1")
+        check_empty(self.dls.train)
+        n_epoch_it = len_or_none(self.dls.train)
         shortest = processes.agree(processes.batches(self.dls.train) if n_epoch_it else math.inf)
         n_epoch_it = None if shortest == math.inf else int(shortest)
         processes.same('bs_find', lr=lr, num_it=num_it, n_batch=n_batch, beta=beta, n_train=n_train, suggest_funcs=names, profile=share,
-                       finder=finder.__name__)
+                       finder=finder.__name__, regret=regret, race=race, n_epoch=n_epoch)
+        num_it,n_batch = _budget(num_it, n_batch, n_epoch_it, least)
         check_epoch(n_epoch_it, n_batch, least, batch_size(self.dls.train))
         if count is not None: self.count_examples(count)
-        cb = in_step(finder, self)(n_epoch_it if num_it is None else num_it, n_batch, beta, n_train)
+        cb = in_step(finder, self)(num_it, n_batch, beta, n_train)
         shows_bar = processes.rank == 0 and any(isinstance(o, progress.ProgressCallback) for o in self.cbs)
         cb.pbar = bar = progress.progress_bar(range(cb.num_it), leave=False) if shows_bar else None
-        try: result = _measure(self, cb, lr, n_epoch_it, share, least_profile*(profile is True), processes)
+        facts,races = dict(regret=float(regret), n_epoch=n_epoch),race and processes.size == 1
+        try: result = _measure(self, cb, lr, n_epoch_it, (share, least_profile*(profile is True)), facts, races, processes)
         except BaseException:
             if bar and bar.last_v is not None: bar.on_interrupt()
             raise

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['batch_size', 'rebatch', 'follow_at_once', 'follow_no_more', 'second_loader', 'draw_few', 'keeps_order', 'len_or_none',
            'untouched', 'n_items', 'dealt_out', 'n_train_examples', 'n_in_data', 'Passes', 'normalizes_batches',
-           'leaves_out_one', 'leave_out_one', 'check_empty', 'check_length', 'check_epoch', 'check_settable']
+           'leaves_out_one', 'leave_out_one', 'check_empty', 'check_epoch', 'check_settable']
 
 # %% ../nbs/13_loaders.ipynb #0f15bf0d
 import random
@@ -313,18 +313,6 @@ def check_empty(
         raise ValueError(f"The training loader is empty: {n_items(dl) or 0} examples make no batch of "
                          f"bs={getattr(dl, 'bs', None)} "
                          f"with drop_last={getattr(dl, 'drop_last', None)}. Lower bs, or set drop_last=False")
-
-def check_length(
-    dl, # The training loader
-    num_it:int|None, # Number of batches to spend; `None`: one epoch
-) -> int|None: # Number of batches in an epoch; `None` where it has no length
-    "Raise `ValueError` where an epoch is wanted, and nobody knows how long it is"
-    n = len_or_none(dl)
-    if n is None and num_it is None:
-        raise ValueError("num_it=None stands for one epoch, but the training loader has no length: give num_it, the number of batches to "
-                         "spend")
-    check_empty(dl)
-    return n
 
 # %% ../nbs/13_loaders.ipynb #e172e965
 def check_epoch(

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterable
 from statistics import median
 
-import pandas as pd
+import numpy as np, pandas as pd
 from fastai.learner import Learner
 from .mock import in_a_line, out_of_memory, run_steps
 from .predict import StepTime
@@ -25,10 +25,14 @@ def _guess(found, bs):
     if len(found) > 1: return float(StepTime(found)(bs))
     return next((t*max(bs/b, 1)**.5 for b,t in found.items()), 0.)
 
-def _seconds_of_a_step(steps, size):
-    "The median of all full steps but the first, which warms up; `None` where there are none"
-    full = [t for t,n in list(zip(steps.seconds, steps.sizes))[1:] if n == size]
-    return median(full) if full else None
+def _seconds_of_steps(steps, size):
+    "Those of all full steps but the first, which warms up"
+    return [t for t,n in list(zip(steps.seconds, steps.sizes))[1:] if n == size]
+
+def _steady(seconds):
+    "Is the middle half of them within a tenth of their median?"
+    a,b,c = np.quantile(seconds, [.25, .5, .75])
+    return c - a < .1*b
 
 def profile_steps(
     learn:Learner, # A learner in a `mock_training` block
@@ -38,12 +42,15 @@ def profile_steps(
 ) -> Profile: # Its `step_time`, rising; its `trouble` where a size did not work, with a lower `max_bs`, or a `min_bs` where none below it works
     "Time training steps at each of `sizes`; sizes that would take too long are left out, and those after one that fails"
     start,found,new,processes = time.perf_counter(),dict(known.step_time),dict(trouble=''),processes_of(learn)
+    timings = dict(known.timings)
     for i,bs in enumerate(sizes):
         left = processes.agree(budget - (time.perf_counter() - start))
         share = min(left/(len(sizes) - i), _seconds_per_size)
         most = min(left, 2*_seconds_per_size)
         if 4*_guess(found, bs) > most or left <= 0: continue
-        def enough(seconds): return len(seconds) >= 4 and sum(seconds) + seconds[-1] > share or len(seconds) >= 30 or sum(seconds) > most
+        def enough(seconds):
+            if len(seconds) >= 30 or sum(seconds) > most: return True
+            return len(seconds) >= 4 and sum(seconds) + seconds[-1] > share or len(seconds) >= 8 and _steady(seconds[1:])
         try: steps = run_steps(learn, processes.each(bs), enough)
         except Exception as e:  # a model, or a loss, for one batch size only: no reason to lose the measurements
             learn._end_cleanup()
@@ -57,8 +64,8 @@ def profile_steps(
         if max(steps.sizes, default=size) != size:
             new = dict(trouble='ignored')
             break
-        if seconds := _seconds_of_a_step(steps, size): found[bs] = seconds
+        if seconds := _seconds_of_steps(steps, size): found[bs],timings[bs] = median(seconds),seconds
     rising = pd.Series(found, dtype=float).sort_index()[::-1].cummin()[::-1].to_dict()
-    facts = vars(known) | new | dict(step_time=rising)
+    facts = vars(known) | new | dict(step_time=rising, timings=timings)
     if facts['capped']: facts['max_bs'] = max((b for b in found if b < facts['failed']), default=known.max_bs)
     return Profile(**facts)

@@ -122,24 +122,24 @@ class Profile:
         quartiles = [np.quantile(s, [.25, .5, .75]) for s in self.timings.values() if len(s) > 3]
         return max((float((c - a)/b) for a,b,c in quartiles), default=0.)
 
-# %% ../nbs/21_result.ipynb #a827dd0b
+# %% ../nbs/21_result.ipynb #58913f07
 @dataclass(frozen=True)
 class Race:
     "How batch sizes fared that trained for the same time from the same weights"
     sizes:list # Batch sizes, the one in use first
     steps:list # Number of steps of each
     seconds:float # Time of each, of the steps alone
-    start:float # Training loss before
     losses:list # Training loss after it, of each
     errors:list # Standard error of its difference to that of the size in use
 
-    def loses(self,
-        bs:int, # A batch size
-    ) -> bool: # `False` where it did not take part
-        "Is its loss higher than that of the size in use, beyond the noise of the losses?"
-        if bs not in self.sizes: return False
-        i = self.sizes.index(bs)
-        return self.losses[i] - self.losses[0] > 2*self.errors[i]
+    def winner(self,
+        bs:int, # A batch size that took part
+    ) -> int: # It, or the one with the lowest loss
+        "Which size to take rather than `bs`: another one only where that is ahead beyond the noise of the losses"
+        at,first = self.sizes.index(bs),int(np.nanargmin([*self.losses, math.inf]))
+        if first == len(self.losses): return bs
+        behind = self.losses[at] - self.losses[first]
+        return bs if behind <= 2*max(self.errors[at], self.errors[first]) else self.sizes[first]
 
 # %% ../nbs/21_result.ipynb #9012b2a4
 noise_columns = 'noise scale noise_scale lo hi raw_noise raw_scale'.split()
@@ -182,6 +182,8 @@ def advised_bs(
     return next((bs for n in ['critical', *by_name] if (bs := _as_size(by_name.get(n)))), None)
 
 # %% ../nbs/21_result.ipynb #732eac87
+_foreseen = 4  # times the largest size that was timed: what is expected beyond is wrong too often to be considered
+
 @dataclass(frozen=True, eq=False, repr=False)
 class BSResult(Result):
     "The result of `bs_find`; everything is computed from it once"
@@ -284,13 +286,14 @@ class BSResult(Result):
         if self.table is None or self.step_time is None: return
         mean,lo,hi = self.mean_noise_scale
         bs0,run = self.run.bs,self.run
-        most = min(reach*max(self.profile.step_time), self.largest or math.inf)
-        sizes = [bs for bs in self.table.index if bs == bs0 or bs <= most and self.works(bs)]
+        timed,most = max(self.profile.step_time),self.largest or math.inf
+        sizes = np.array([bs for bs in self.table.index if bs == bs0 or bs <= min(_foreseen*timed, most) and self.works(bs)])
         steps0,lo = run.n_epoch*run.n/bs0 if run.n else math.inf,max(lo, 1e-3)
         within = [mean, *np.geomspace(lo, max(min(hi, 1e3*mean), lo), 16), hi]
         steps = np.array([[steps_of_training(bs, bs0, B, steps0) for B in within] for bs in sizes])
         rel = steps*np.array([[self.step_time(bs)/self.step_time(bs0)] for bs in sizes])
-        return pd.DataFrame(dict(time=rel[:, 0], worst=rel.max(1), regret=regrets(rel)), index=pd.Index(sizes, name='bs'))
+        res = pd.DataFrame(dict(time=rel[:, 0], worst=rel.max(1), regret=regrets(rel)), index=pd.Index(sizes, name='bs'))
+        return res[(sizes == bs0) | (sizes <= reach*timed)]
 
     @property
     def band(self) -> tuple|None:

@@ -57,7 +57,7 @@ def fastest(
         clear = near[near.regret < result.run.regret]
         best = min(clear.index, key=lambda bs: abs(math.log(bs/bs0))) if len(clear) else near.regret.idxmin()
     if times.regret[best] > _too_open: return
-    return int(bs0 if result.race and result.race.loses(best) else best)
+    return result.race.winner(int(best)) if result.race and best in result.race.sizes else int(best)
 
 mk_class('BSSuggestion', **{f.__name__.capitalize():f for f in (critical, fastest, average)},
          doc="All suggestion functions as attributes, for tab-completion")

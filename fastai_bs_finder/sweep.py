@@ -8,31 +8,29 @@ __all__ = []
 # %% ../nbs/52_sweep.ipynb #3cfd88f7
 import math, re, time
 from collections.abc import Callable, Iterable
-from copy import copy, deepcopy
 from numbers import Real
 from types import SimpleNamespace
 
 import pandas as pd, torch
-from fastcore.basics import patch, GetAttr
+from fastcore.basics import patch
 from fastcore.foundation import L
 from fastai.callback import progress
 from fastai.callback.core import Callback, CancelFitException, CancelValidException
 from fastai.callback.schedule import ParamScheduler
 from fastai.imports import noop
 from fastai.learner import Learner
-from fastai.torch_core import set_seed, to_cpu
 from .accumulate import AccumulateGrads, examples_per_step, micro_bs
 from .batches import n_examples
 from .checks import check_learner, check_lr, check_opt, check_whole
 from .loaders import Passes, batch_size, check_empty, check_settable, leave_out_one, len_or_none, n_in_data
-from .loaders import n_train_examples, rebatch, second_loader
+from .loaders import n_train_examples, rebatch
 from .metric import normalizes
 from .mock import in_a_line, kind_of_loss, mock_training, out_of_memory, run_steps, synchronize
+from .race import FixedBatches, draw_batches, look
 from .predict import fit_steps, scale_lr, sizes_between
 from .processes import is_distributed
 from .result import SweepResult, keep_result, least_and_why
 from .set_bs import known_fits
-from .snapshot import Snapshot, training_tensors
 from .words import as_epoch, as_lr, say, sweep_summary
 import fastai_bs_finder.plot
 
@@ -48,7 +46,7 @@ class _SweepRun(Callback):
 
     def before_fit(self):
         self.steps,self.examples,self.seconds,self.best,self.reached = 0,0,0.,{},False
-        self._next,self._start,self._looking,self._before = 1,None,False,None
+        self._next,self._start,self.looking,self._before = 1,None,False,None
 
     def before_epoch(self):
         if self._before == self.examples: raise CancelFitException  # an epoch without a batch: it would go on for ever
@@ -59,7 +57,7 @@ class _SweepRun(Callback):
         self._start = time.perf_counter()
 
     def before_validate(self):
-        if not self._looking: raise CancelValidException
+        if not self.looking: raise CancelValidException
 
     def after_step(self): self.steps += 1
     def after_cancel_step(self): self.steps -= 1  # `after_step` follows
@@ -73,7 +71,7 @@ class _SweepRun(Callback):
         first,*others = self.watch.dls(self.learn)
         self._look(*first)
         if self.now is None:
-            self._looking = True  # it is not the training that fails
+            self.looking = True  # it is not the training that fails
             raise ValueError(f"There is no {self.watch.monitor} to watch: the evaluation saw no batch, or the metric is not a number. Is "
                              "there a callback that cancels validation?")
         self.reached = self.watch.is_reached(self.now)
@@ -98,14 +96,8 @@ def _stop_clock(self:_SweepRun):
 @patch
 def _look(self:_SweepRun, kind, dl):
     "Evaluate, and keep the best of each value"
-    rec,idle = self.recorder,[o for o in (self.learn.dls, *self.learn.dls.loaders, self.learn.dl) if o is not dl]
-    snapshot = Snapshot(self.learn, [self, *idle, rec.losses, rec.lrs, rec.iters, *training_tensors(self.learn)])
-    self._looking,self.now = True,None
-    try:
-        self.learn._do_epoch_validate(dl=dl)
-        values = [_number(m) for m in rec._valid_mets]
-    finally: snapshot.restore()
-    self._looking = False  # and stays on where it failed
+    rec,values,self.now = self.recorder,[],None
+    look(self, dl, lambda: values.extend(map(_number, rec._valid_mets)))
     names = [kind] + ([m.name for m in rec.metrics] if kind == 'valid_loss' else [])
     for name,x in zip(names, values):
         if x is None: continue
@@ -147,28 +139,6 @@ class _Watch:
         res = [('loss', self.batches)]
         if _has_valid(learn): res.append(('valid_loss', learn.dls.valid))
         return res if self.monitor == 'loss' else res[::-1]
-
-class _FixedBatches(GetAttr):
-    "Batches of a loader, always the same ones"
-    _default = 'dl'
-    def __init__(self,
-        dl, # The loader
-        batches:list, # Its batches
-    ): self.dl,self.batches = dl,batches
-    def __len__(self): return len(self.batches)
-    def __iter__(self): return map(_copied, self.batches)  # a model may change its input in place
-
-def _copied(o):
-    "A copy of a batch; what cannot be copied stays itself"
-    try: return deepcopy(o)
-    except Exception: pass
-    if isinstance(o, torch.Tensor): return o.detach().clone().requires_grad_(o.requires_grad)  # one with a gradient is a part of a graph
-    if isinstance(o, (list, tuple)): return type(o)(*map(_copied, o)) if hasattr(o, '_fields') else type(o)(map(_copied, o))
-    try: res = copy(o)
-    except Exception: return o
-    parts = res if isinstance(o, dict) else getattr(res, '__dict__', {})
-    for k,v in list(parts.items()): parts[k] = _copied(v)
-    return res
 
 def _known_monitors(
     learn:Learner, # The learner
@@ -296,7 +266,7 @@ def over(self:_Sweep, sizes):
         if bs >= self.too_large: continue
         try: self.search(bs)
         except Exception as e:
-            if self.run._looking: raise
+            if self.run.looking: raise
             if out_of_memory(e): self.too_large = bs
             elif self._fails(bs) and not self._fails(self.bs0): self.unfit[bs] = in_a_line(e)
             else: raise
@@ -401,24 +371,14 @@ def _fixed_batches(learn, n):
     n = math.ceil(n/_eval_bs)*_eval_bs  # the same examples whatever the batch size
     try:
         res = _draw(learn, bs, n)
-        with mock_training(learn): learn.validate(dl=_FixedBatches(dl, res.batches[:1]))
+        with mock_training(learn): learn.validate(dl=FixedBatches(dl, res.batches[:1]))
     except Exception:  # a model for one batch size, or examples that do not collate
         if bs == batch_size(dl): raise
         res = _draw(learn, batch_size(dl), n)
     return res
 
 def _draw(learn, bs, n):
-    "Batches of `bs` with `n` examples in all, or somewhat more"
-    res,seen,dl = [],0,learn.dls.train
-    with mock_training(learn):
-        set_seed(0)
-        for b in rebatch(second_loader(dl), bs):
-            res.append(to_cpu(b))
-            learn._split(b)
-            seen += n_examples(learn)
-            if seen >= n: break
-    if not seen: raise ValueError("The training loader yields no batch whose examples can be counted")
-    return _FixedBatches(dl, res)
+    with mock_training(learn): return draw_batches(learn, bs, n)
 
 # %% ../nbs/52_sweep.ipynb #86fd9774
 @patch
