@@ -87,6 +87,7 @@ ways_out = {'ended': "ask again with n_batch={n_batch}", 'no gradient': "see tha
 def _more(result):
     "How to learn more: a longer run, longer measurements within an epoch, or a longer average"
     run,last,n = result.run,*_last(result)
+    if run.stopped == 'ended' and not n: return f"let it train for {10*(run.n_batch + run.n_train)} batches"
     if run.missing and not n: return ways_out[run.missing].format(n_batch=max(run.n_batch//2, 2))
     if n < 3 or math.isnan(last.hi):
         if n >= 3: return "shuffle the training data if they are in order" if last.scale <= 0 and run.beta > 0 else "ask again with beta=0.9"
@@ -101,10 +102,14 @@ def _last(result):
     "The last measurement, and the number of them: an adaptive optimizer has no metric before its first step"
     return (result.in_use.iloc[-1],result.in_use.noise.notna().sum()) if len(result) else (None,0)
 
+def _ended(run): return f"a callback, or the end of the data, ended the training after {run.spent} of {plural(run.num_it, 'batch')}"
+
 def _noise_scale(result):
     "The noise scale with its interval, or why it cannot be told"
     run,last,n = result.run,*_last(result)
-    if last is None: return f"No measurement of {run.n_batch} batches was completed{f': {gaps[run.missing]}' if run.missing else ''}."
+    if last is None:
+        why = gaps[run.missing] if run.missing else _ended(run) if run.stopped == 'ended' else ''
+        return f"No measurement of {run.n_batch} batches was completed{why and f': {why}'}."
     where = f"measured with {as_size(run.bs, run.processes)} at lr={run.lr:.2g}"
     if not last.noise > 0: return f"The noise scale cannot be told: all batches have the same gradient, {where}."
     if math.isnan(last.hi):
@@ -137,17 +142,19 @@ reasons = {'between': "an example's part in this loss depends on the others of i
            'alike': "the training loader does not draw its batches at random", 'loss': "the loss was not finite", 'first loss': "the loss was not finite",
            'biased': "every batch stepped", 'lr': "nothing was trained", 'rose': "the training loss rose"}
 
+def _size(run): return as_size(run.bs, run.processes) if run.bs else "the batch size in use"
+
 def _failed(result):
     run,loss = result.run,result.stats.loss if 'loss' in result.stats else pd.Series(dtype=float)
     first = run.first_loss if len(loss) == 0 or not math.isnan(run.first_loss) else loss.iloc[0]
     return failures[result.failure].format(spent=run.spent, num_it=run.num_it, lr=as_lr(run.lr if run.lr_given is None else run.lr_given),
-                                           size=as_size(run.bs, run.processes), where=f' (rank {run.stopped_by})' if run.processes > 1 else '',
+                                           size=_size(run), where=f' (rank {run.stopped_by})' if run.processes > 1 else '',
                                            first=first, last=loss.iloc[-1] if len(loss) else math.nan)
 
 def _stay(result, why=''):
     "To stay for now, and how to learn more"
     more = "more batches would cost more than they could save" if result.run.enough == 'cost' else f"to learn more, {_more(result)}"
-    return f"Stay with {as_size(result.run.bs, result.run.processes)} for now{why}; {more}."
+    return f"Stay with {_size(result.run)} for now{why}; {more}."
 
 def _of(ratio, what): return f"{'about ' if ratio >= .01 else ''}{as_ratio(ratio)} {'of' if ratio <= 1 else 'times'} the {what}"
 
@@ -216,6 +223,7 @@ def _what_to_do(result):
 def _how_sure(result, first):
     "The second line"
     run,bs,text = result.run,result.suggested.get('fastest'),_noise_scale(result)
+    if run.stopped and len(result): text += f" A{_ended(run)[1:]}."
     times = result.times() if bs and not result.failure and len(result) and result.in_use.hi.iloc[-1] > 0 else None
     if times is None or bs not in times.index: return text
     lo,hi = result.band
@@ -235,8 +243,8 @@ _uneven = .7  # from here on the noise scale comes out a good deal too small
 _unsteady = .5  # from here on times are not to be trusted
 
 def _about_times(result):
-    profile = result.profile
-    if profile.unsteady > _unsteady:
+    profile,race = result.profile,result.race
+    if profile.unsteady > _unsteady and not (race and result.advised in race.sizes[1:]):  # a race does not go by times
         return f"Step times vary by {profile.unsteady:.0%} here: other programs may be running; ask again when they are not."
     if profile.trouble and not profile.unfit:
         return ("How fast other batch sizes are on this machine is not known: "
@@ -297,7 +305,7 @@ def bs_summary(
     result:BSResult, # The result of a mock training: `learn.recorder.bs_result`
 ) -> str: # Two lines; a third where there is something else to do, one alone where the training failed
     "What to do, and how sure that is"
-    if result.failure: lines = [_failed(result), _noise_scale(result) if result.failure in ('biased', 'lr') else None]
+    if result.failure: lines = [_failed(result), _noise_scale(result) if result.failure in ('biased', 'lr') or not len(result) else None]
     elif result.hindrance: lines = hindrances[result.hindrance]
     else:
         lines = [_what_to_do(result)]
