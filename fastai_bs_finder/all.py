@@ -8,6 +8,7 @@ from .result import *
 from .suggest import *
 from .words import *
 from .plot import *
+from .measure import *
 from .finder import *
 from .accumulate import AccumulateGrads
 from .set_bs import *

@@ -75,6 +75,7 @@ class Result:
 class Run:
     "How the measurements of a mock training were taken"
     bs:int = 0 # Batch size in use, of all processes together
+    measured_bs:int = 0 # Batch size of the mock training, where it is a smaller one; 0: the one in use
     n:int|None = None # Number of examples that an epoch draws; `None`: not known
     n_data:int|None = None # Number of examples in the training set; `None`: not known
     drop_last:bool = False # Does an epoch leave out what is less than a batch?
@@ -161,11 +162,13 @@ def mean_noise_scale(
 ) -> tuple|None: # Noise scale and the ends of its interval; the upper one is infinite where that of the last measurement is. `None`: not known
     "The noise scale averaged over the mock training, with the interval that those of the measurements imply"
     x = noise_in_use(stats)
+    open_ = len(x) and x.hi.iloc[-1] == math.inf and not x.lo.iloc[-1] > 0
     x = x[(x.noise > 0) & ((x.scale > 0) | (x.hi == math.inf))]
     best = np.where(x.hi == math.inf, np.where(x.scale > 0, np.minimum(x.noise_scale, _trusted*x.lo), x.lo), x.noise_scale)
     known = best > 0
     if not known.any(): return
     mean,sure = noiseless_mean(best[known], bs),x[known].dropna(subset=['lo', 'hi'])
+    if open_: return mean,0.,math.inf
     if not len(sure): return mean,mean,mean
     hi = math.inf if sure.hi.iloc[-1] == math.inf else noiseless_mean(sure.hi, bs)
     return mean,min(mean, noiseless_mean(sure.lo, bs)),max(mean, hi)
@@ -218,11 +221,11 @@ class BSResult(Result):
     @cached_property
     def mean_noise_scale(self) -> tuple|None:
         "The noise scale averaged over the mock training, see `mean_noise_scale`; `None` where there is a `hindrance`"
-        return None if self.hindrance else mean_noise_scale(self.stats, self.run.bs)
+        return None if self.hindrance else mean_noise_scale(self.stats, self.run.measured_bs or self.run.bs)
 
     @property
     def bs_in_use(self) -> int:
-        "The batch size that the measurements were taken at, of all processes together"
+        "The batch size in use, of all processes together"
         return self.run.bs
 
     @property
