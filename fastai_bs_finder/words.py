@@ -110,7 +110,7 @@ def _noise_scale(result):
     if last is None:
         why = gaps[run.missing] if run.missing else _ended(run) if run.stopped == 'ended' else ''
         return f"No measurement of {run.n_batch} batches was completed{why and f': {why}'}."
-    where = f"measured with {as_size(run.bs, run.processes)} at lr={run.lr:.2g}"
+    where = f"measured with {as_size(run.measured_bs or run.bs, run.processes)} at lr={run.lr:.2g}"
     if not last.noise > 0: return f"The noise scale cannot be told: all batches have the same gradient, {where}."
     if math.isnan(last.hi):
         if last.scale <= 0 and n >= 3 and run.beta > 0:
@@ -184,7 +184,8 @@ def _without_times(result, bs, how):
 def _as_raced(result):
     "How a race ended"
     race = result.race
-    ends = [f"bs={bs} got to a loss of {loss:.3g}" if not i else f"bs={bs} to {loss:.3g}" for i,(bs,loss) in enumerate([*zip(race.sizes, race.losses)][::-1])]
+    losses = [f"{loss:.3g}" if math.isfinite(loss) else "one that is not finite" for loss in race.losses]
+    ends = [f"bs={bs} {'' if i else 'got '}to {'' if i else 'a loss of '}{loss}" for i,(bs,loss) in enumerate([*zip(race.sizes, losses)][::-1])]
     return f"n a race of {as_number(race.seconds)} s each, {', '.join(ends)}"
 
 def _doubt(times, regret):
@@ -199,7 +200,7 @@ def _why_stay(result):
     bs0,times = result.run.bs,result.times()
     stay = f"Stay with {as_size(bs0, result.run.processes)}"
     if result.suggested.get('fastest') != bs0 or times is None: return f"{stay}."
-    if result.race and any(map(result.race.loses, result.race.sizes)): return f"{stay}: i{_as_raced(result)}."
+    if result.race and any(result.race.winner(bs) == bs0 for bs in result.race.sizes[1:]): return f"{stay}: i{_as_raced(result)}."
     best = times.time.idxmin()
     if doubt := _doubt(times, result.run.regret): return _stay(result, doubt)
     return f"{stay}: no other batch size should be much faster here{f' (bs={best}: {as_ratio(times.time[best])} of the time)' if best != bs0 else ''}."
@@ -244,7 +245,7 @@ _unsteady = .5  # from here on times are not to be trusted
 
 def _about_times(result):
     profile,race = result.profile,result.race
-    if profile.unsteady > _unsteady and not (race and result.advised in race.sizes[1:]):  # a race does not go by times
+    if profile.unsteady > _unsteady and not (race and result.advised in race.sizes):  # a race does not go by times
         return f"Step times vary by {profile.unsteady:.0%} here: other programs may be running; ask again when they are not."
     if profile.trouble and not profile.unfit:
         return ("How fast other batch sizes are on this machine is not known: "
@@ -266,10 +267,10 @@ def _about_sizes(result):
     if profile.unfit: return sizes_summary(profile.min_bs or 1, profile.max_bs if profile.capped else None, profile.unfit)
 
 def _small_batch_norm(result):
-    run = result.run
-    if run.batch_norm and run.bs < _small_bs:
-        return (f"With batch-norm this number belongs to bs={run.bs}: larger batches can give a larger one, "
-                                                      "so measure again at the batch size that you will train with.")
+    run,bs = result.run,result.run.measured_bs or result.run.bs
+    if run.batch_norm and bs < _small_bs:
+        return (f"With batch-norm this number belongs to bs={bs}: larger batches can give a larger one, so measure again at the batch size that "
+                "you will train with.")
 
 def _about_loss(result):
     run,bs = result.run,result.advised
@@ -298,7 +299,7 @@ def _could_be_known(result):
 def _what_else(result):
     "The third line"
     if result.advised is None and not result.suggested.get('critical'): return
-    return next(filter(None, (f(result) for f in (_about_times, _about_sizes, _small_batch_norm, _about_loss, _limit, _could_be_known))), None)
+    return next(filter(None, (f(result) for f in (_about_sizes, _small_batch_norm, _about_times, _about_loss, _limit, _could_be_known))), None)
 
 # %% ../nbs/32_words.ipynb #91798183
 def bs_summary(

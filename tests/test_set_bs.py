@@ -198,8 +198,8 @@ def test_a_plan_of_an_unknown_noise_scale():
         with pytest.raises(ValueError, match='n_epoch=3 at bs=16 cannot be converted to bs=32: .*, or go back, learn.set_bs' if not facts.get('biased') else 'without finder'):
             learn.bs_plan(3)
         with learn.no_logging(): learn.set_bs(16)
-    for facts,words in ((dict(lr=0, lr_given=0), 'with lr=0: call it with the learning rate of a training'),
-                        (dict(stopped='loss'), 'not finite: call it again as it said')):
+    for facts,words in ((dict(lr=0, lr_given=0), 'nothing was trained in the last bs_find: do what it said, and call it again'),
+                        (dict(stopped='loss'), 'the loss was not finite in the last bs_find: do what it said')):
         having(learn, *known, **facts)
         with pytest.raises(ValueError, match=words): learn.bs_plan(3)
 
