@@ -163,7 +163,7 @@ def _train(result, bs, how="Train with"):
     run,row,(epochs,lr,time) = result.run,result.at_bs(bs),result.plan(bs)
     same = epochs == run.n_epoch
     long = f"{plural(epochs, 'epoch')}{f', as with bs={run.bs}' if same else f' instead of {run.n_epoch}'}"
-    gain = _of(row['steps'], 'steps') if math.isnan(time) else _of(time, 'time')
+    gain = _of(epochs/run.n_epoch*run.bs/bs, 'steps') if math.isnan(time) else _of(time, 'time')
     if row['time'] < 1 < row['time_hi']: gain += f" ({as_ratio(row['time_lo'])} to {as_ratio(row['time_hi'])})"
     return f"{how} {as_size(bs, run.processes)} at lr≈{as_lr(lr)} for {long}: {gain}{'' if same else f' of bs={run.bs}'}."
 

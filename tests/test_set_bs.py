@@ -212,6 +212,14 @@ def test_no_plan_for_bad_input(n_epoch):
     with pytest.raises(ValueError, match=f'n_epoch={n_epoch!r} is not a whole number of 1 or more'): learn.bs_plan(n_epoch)
 
 
+def test_no_plan_and_no_size_for_batches_that_come_ready_made(capsys):
+    X,y = digits()
+    learn = Learner(DataLoaders(*[[(X[:4], y[:4])]]*2), mlp(), loss_func=nn.functional.cross_entropy)
+    having(learn, *known)
+    with pytest.raises(ValueError, match='the batches of list come ready-made'): learn.bs_plan(3)
+    assert learn.set_bs(Sug(None, None)) is learn and 'The batch size stays what it is: ' in capsys.readouterr().out
+
+
 @pytest.mark.parametrize('fit', ('fit', 'fit_one_cycle', 'fine_tune'))
 def test_a_training_takes_its_plan(fit):
     learn = digits_learner(bs=16, cbs=Epochs())

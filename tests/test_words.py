@@ -94,7 +94,7 @@ def test_of_the_noise_scale(found, bs, words):
     (result(*known, step_time=linear, loss='sum'), "at lr≈0.078 for 4 epochs instead of 3"),
     (result(*known, step_time=linear, suggested=dict(mine=8)), "Train with bs=8 at lr≈0.014 for 2 epochs instead of 3: about 4.2 times the time of bs=64.\n"),
     (result(*[(300, 10, 9000)]*3, step_time=linear, suggested=dict(mine=256)), "Train with bs=256 at lr≈0.26 for 5 epochs instead of 3: about 0.72 of the time (0.44 to 1.6) of bs=64.\n"),
-    (result(*known, suggested=dict(mine=70)), "Train with bs=70 at lr≈0.11 for 3 epochs, as with bs=64: about 0.93 of the steps.\n"),
+    (result(*known, suggested=dict(mine=70)), "Train with bs=70 at lr≈0.11 for 3 epochs, as with bs=64: about 0.91 of the steps.\n"),
     (result(*known, suggested=dict(mine=64)), "Stay with bs=64.\n"),
     (result(*known, suggested=dict(mine=10**6)), "Choose less than bs=1000000, which is more than the 50,000 examples of the training set.\n"),
     (result(*[(-50, 0, inf)]*3, suggested=dict(mine=80)), "Stay with bs=64 for now (bs=80 is a guess); to learn more"),
@@ -102,6 +102,11 @@ def test_of_the_noise_scale(found, bs, words):
 def test_of_the_advice(found, words):
     said = str(found)
     assert words in said + '\n' and 'nan' not in said and 'inf' not in said
+
+
+def test_steps_are_those_of_the_plan():
+    "13 epochs of 8 steps, of a hundred at least, instead of 3 of 94"
+    assert str(small(*known, suggested=dict(mine=192))).startswith('Train with bs=192 at lr≈0.82 for 13 epochs instead of 3: about 0.36 of the steps of bs=16.')
 
 
 def test_of_several_processes():
@@ -155,6 +160,18 @@ def test_sentence_tuple_picture_and_set_bs_name_the_same_size(found):
         if (advised or 0) <= 1500 and (advised or 'fastest' in found.suggested): assert learn.set_bs(found).dls.bs == (advised or 16)
         else:
             with pytest.raises(ValueError, match='There is no batch size in|more than the 1,500 examples'): learn.set_bs(found)
+
+
+@pytest.mark.parametrize('row,regret,said', [((412.3, 300, 500), None, 'noise scale 412'), ((412.3, 300, 500), .234, 'noise scale 412, choice open by 23%'),
+                                             ((412.3, 300, inf), .5, 'noise scale at least 300, choice open by 50%'), ((412.3, .5, inf), .5, ''), ((412.3, nan, nan), .5, ''),
+                                             ((412.3, 300, 500), 1e9, 'noise scale 412'), ((412.3, 300, 500), nan, 'noise scale 412')])
+def test_the_comment_beside_the_progress_bar(row, regret, said):
+    assert noise_scale_so_far(dict(zip(('opt_noise_scale', 'opt_lo', 'opt_hi'), row)), regret) == said
+
+
+def test_how_many_epochs_was_set(capsys):
+    plan = set_bs_summary(64, 1, 1, 24, plan=(1, 2, slice(.01, .1)))
+    assert plan == 'Batches of 64 examples, 24 steps per epoch. To get as far as in 1 epoch, train for 2 at lr≈slice(0.01, 0.1): learn.fit_one_cycle(*learn.bs_plan(1))'
 
 
 def test_the_table_reads_well():
