@@ -104,9 +104,13 @@ def test_of_the_advice(found, words):
     assert words in said + '\n' and 'nan' not in said and 'inf' not in said
 
 
+@pytest.mark.parametrize('facts', [dict(lr=0), dict(biased=True)])
+def test_a_number_that_is_no_advice_is_said_too(facts): assert '\nThe noise scale is 450 examples' in str(result(*known, **facts))
+
+
 def test_steps_are_those_of_the_plan():
     "13 epochs of 8 steps, of a hundred at least, instead of 3 of 94"
-    assert str(small(*known, suggested=dict(mine=192))).startswith('Train with bs=192 at lr≈0.82 for 13 epochs instead of 3: about 0.36 of the steps of bs=16.')
+    assert str(small(*known, suggested=dict(mine=192))).startswith('Train with bs=192 at lr≈0.84 for 13 epochs instead of 3: about 0.36 of the steps of bs=16.')
 
 
 def test_of_several_processes():
