@@ -830,6 +830,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'fastai_bs_finder.result.SweepResult': ('result.html#sweepresult', 'fastai_bs_finder/result.py'),
                                          'fastai_bs_finder.result.SweepResult.watched': ( 'result.html#sweepresult.watched',
                                                                                           'fastai_bs_finder/result.py'),
+                                         'fastai_bs_finder.result._along_the_run': ( 'result.html#_along_the_run',
+                                                                                     'fastai_bs_finder/result.py'),
                                          'fastai_bs_finder.result._as_size': ('result.html#_as_size', 'fastai_bs_finder/result.py'),
                                          'fastai_bs_finder.result._from_plain': ('result.html#_from_plain', 'fastai_bs_finder/result.py'),
                                          'fastai_bs_finder.result._last': ('result.html#_last', 'fastai_bs_finder/result.py'),

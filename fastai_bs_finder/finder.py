@@ -35,7 +35,7 @@ from .words import bs_summary, say
 import fastai_bs_finder.plot
 
 # %% ../nbs/50_finder.ipynb #7dc29468
-least_profile = .5  # seconds
+least_profile = 1.  # seconds
 
 def _sizes_that_work(learn, bs, seconds, processes):
     "What fits in memory, or why it is not known, and which sizes fail for another reason: fields of a `Profile`"
@@ -106,6 +106,7 @@ def _alike(learn, cb, n_epoch_it):
 # %% ../nbs/50_finder.ipynb #45335ffd
 least_measurements,least_bound = 6,200
 _least_n_batch,_small_bs,_cheap = 4,64,.1  # a tenth of a training is cheap
+_expected = .1  # part of the most that a better choice could save
 
 def _default_n_batch(n_epoch_it, least):
     "10, or fewer where there would be few measurements in an epoch"
@@ -126,7 +127,7 @@ def _why_enough(result, n_epoch_it):
     regret = times.regret[bs or run.bs]
     if bs and regret < run.regret: return 'clear'
     cost = run.spent*result.step_time(run.measured_bs or run.bs)/result.step_time(run.bs)
-    return 'cost' if n_epoch_it and cost > regret/(1 + regret)*run.n_epoch*n_epoch_it else ''
+    return 'cost' if n_epoch_it and cost > _expected*regret/(1 + regret)*run.n_epoch*n_epoch_it else ''
 
 # %% ../nbs/50_finder.ipynb #dd1801b3
 class _Search:
@@ -222,7 +223,7 @@ def bs_find(self:Learner,
     n_train:int|None=None, # Number of ordinary training steps between measurements; `None`: as many as `n_batch`
     show_plot:bool=True, # Draw the picture?
     suggest_funcs:Callable|tuple=(critical, fastest), # Function or functions from `learn.recorder.bs_result`, whose columns they may index, to a batch size
-    profile:bool|float=True, # Time steps at a few batch sizes, and see what fits in memory? A number: the share of the time; `True`: 0.5, or half a second
+    profile:bool|float=True, # Time steps at a few batch sizes, and see what fits in memory? A number: the share of the time; `True`: 0.5, or a second
     regret:float=.1, # Stop where no other size could save more than this share of the time, even at the ends of the interval; 0: spend `num_it`
     race:bool=True, # Let the size in use and the suggested one train for the same few seconds, and follow what comes out?
     n_epoch:int=3, # Number of epochs that you mean to train for with the size in use

@@ -46,7 +46,7 @@ def _standardized(*samples):
 def _sq_distances(z): return torch.cdist(z, z).square().numpy()
 
 # %% ../nbs/17_order.ipynb #2e02d816
-_orders,_sure,_matters,_most_compared = 1000,.005,.85,100
+_orders,_sure,_matters,_most_compared = 1000,1e-4,.85,100
 
 def _chance(seen, by_chance):
     "How probable is it that chance gives as little as what was seen?"

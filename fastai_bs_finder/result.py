@@ -18,7 +18,7 @@ import numpy as np, pandas as pd
 from torch import nn
 from fastcore.basics import patch
 from fastai.learner import Recorder
-from .noise import Noise, NoiseAverage
+from .noise import Noise, NoiseAverage, fieller
 from .predict import StepTime, compare, least_steps, noiseless_mean, regrets, sizes_between, steps_of_training, whole_epochs
 
 # %% ../nbs/21_result.ipynb #f96bd5cf
@@ -156,19 +156,29 @@ def noise_in_use(
 # %% ../nbs/21_result.ipynb #0c1e1526
 _trusted = 4
 
+def _along_the_run(x, bs):
+    "The noise scale averaged over the steps of the run, and its interval, from the single measurements; each counts as much as the others"
+    per_step = 1/(x.scale.clip(lower=0) + x.noise/bs)  # of the averages, since those of a measurement would go along with it
+    noises,scales = x.raw_noise*per_step,x.raw_scale*per_step
+    lo,hi = fieller(noises, scales)
+    B = float(noises.mean()/scales.mean())
+    if hi == math.inf and lo > 0: B = min(B if B > 0 else math.inf, _trusted*lo)
+    return (B, min(lo, B), max(hi, B)) if B > 0 else None
+
 def mean_noise_scale(
     stats:pd.DataFrame, # Measurements of a mock training: `learn.recorder.bs_stats`
     bs:int, # The batch size that they were taken at
-) -> tuple|None: # Noise scale and the ends of its interval; the upper one is infinite where that of the last measurement is. `None`: not known
+) -> tuple|None: # Noise scale and the ends of its interval, the upper one infinite where |G|² = 0 is not excluded. `None`: not known
     "The noise scale averaged over the mock training, with the interval that those of the measurements imply"
     x = noise_in_use(stats)
-    open_ = len(x) and x.hi.iloc[-1] == math.inf and not x.lo.iloc[-1] > 0
+    if 'raw_noise' in x:
+        known = x[np.isfinite(x.raw_noise) & np.isfinite(x.raw_scale) & (x.noise > 0)]
+        if len(known) > 2 and math.isfinite(fieller(known.raw_noise, known.raw_scale)[0]): return _along_the_run(known, bs)
     x = x[(x.noise > 0) & ((x.scale > 0) | (x.hi == math.inf))]
     best = np.where(x.hi == math.inf, np.where(x.scale > 0, np.minimum(x.noise_scale, _trusted*x.lo), x.lo), x.noise_scale)
     known = best > 0
     if not known.any(): return
     mean,sure = noiseless_mean(best[known], bs),x[known].dropna(subset=['lo', 'hi'])
-    if open_: return mean,0.,math.inf
     if not len(sure): return mean,mean,mean
     hi = math.inf if sure.hi.iloc[-1] == math.inf else noiseless_mean(sure.hi, bs)
     return mean,min(mean, noiseless_mean(sure.lo, bs)),max(mean, hi)
@@ -295,7 +305,8 @@ class BSResult(Result):
         within = [mean, *np.geomspace(lo, max(min(hi, 1e3*mean), lo), 16), hi]
         steps = np.array([[steps_of_training(bs, bs0, B, steps0) for B in within] for bs in sizes])
         rel = steps*np.array([[self.step_time(bs)/self.step_time(bs0)] for bs in sizes])
-        res = pd.DataFrame(dict(time=rel[:, 0], worst=rel.max(1), regret=regrets(rel)), index=pd.Index(sizes, name='bs'))
+        time,worst = rel[:, 0],rel.max(1)
+        res = pd.DataFrame(dict(time=np.where(sizes < bs0, worst, time), worst=worst, regret=regrets(rel)), index=pd.Index(sizes, name='bs'))
         return res[(sizes == bs0) | (sizes <= reach*timed)]
 
     @property
@@ -310,12 +321,13 @@ class BSResult(Result):
         bs:int, # A batch size
         n_epoch:int|None=None, # Number of epochs at the size in use; `None`: `run.n_epoch`
     ) -> tuple|None: # Number of epochs, learning rate, and the time they take relative to `n_epoch` at the size in use; `None` where there is no telling
-        "A training with `bs` that should reach the same loss, of a hundred steps at least"
+        "A training with `bs` that should reach the same loss, of a hundred steps at least; with a smaller batch it is the upper end of the interval that counts"
         row,run,n_epoch = self.at_bs(bs),self.run,n_epoch or self.run.n_epoch
         if row is None: return
+        rel_epochs,rel_time = (row[f"{q}{'_hi' if bs < run.bs else ''}"] for q in ('epochs', 'time'))
         least = min(least_steps/max(run.n/bs, 1), n_epoch*bs/run.bs) if run.n else 0
-        epochs = whole_epochs(n_epoch, row['epochs'], row['time'], least)
-        return epochs,row['lr'],row['time']*epochs/(n_epoch*row['epochs'])
+        epochs = whole_epochs(n_epoch, rel_epochs, rel_time, least)
+        return epochs,row['lr'],float(rel_time*epochs/(n_epoch*rel_epochs))
 
     def changed(self,
         **changes, # Fields of it, of `run` or of `profile`, and their new values
