@@ -170,7 +170,7 @@ def mean_noise_scale(
     bs:int, # The batch size that they were taken at
 ) -> tuple|None: # Noise scale and the ends of its interval, the upper one infinite where |G|² = 0 is not excluded. `None`: not known
     "The noise scale averaged over the mock training, with the interval that those of the measurements imply"
-    x = noise_in_use(stats)
+    x = noise_in_use(stats).astype(float)  # without rows it holds objects
     if 'raw_noise' in x:
         known = x[np.isfinite(x.raw_noise) & np.isfinite(x.raw_scale) & (x.noise > 0)]
         if len(known) > 2 and math.isfinite(fieller(known.raw_noise, known.raw_scale)[0]): return _along_the_run(known, bs)
