@@ -131,7 +131,7 @@ def _repr_html_(self:BSResult):
     if len(self):
         for ax,draw in zip(fig.subplots(1, 2), _panels.values()): draw(self, ax)
         picture = _as_html(fig)
-    return f"<p>{self}</p>{'' if table is None else table._repr_html_()}{picture}"
+    return f"<p>{'</p><p>'.join(str(self).splitlines())}</p>{'' if table is None else table._repr_html_()}{picture}"
 
 # %% ../nbs/33_plot.ipynb #09182752
 @patch

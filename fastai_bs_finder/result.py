@@ -170,7 +170,7 @@ def mean_noise_scale(
     bs:int, # The batch size that they were taken at
 ) -> tuple|None: # Noise scale and the ends of its interval, the upper one infinite where |G|² = 0 is not excluded. `None`: not known
     "The noise scale averaged over the mock training, with the interval that those of the measurements imply"
-    x = noise_in_use(stats)
+    x = noise_in_use(stats).astype(float)  # without rows it holds objects
     if 'raw_noise' in x:
         known = x[np.isfinite(x.raw_noise) & np.isfinite(x.raw_scale) & (x.noise > 0)]
         if len(known) > 2 and math.isfinite(fieller(known.raw_noise, known.raw_scale)[0]): return _along_the_run(known, bs)
@@ -216,6 +216,17 @@ class BSResult(Result):
     def hindrance(self) -> str:
         "Why the measurements do not tell what other batch sizes would do, a key of `words.hindrances`; empty where they do"
         return 'mixed' if self.run.mixed else 'alike' if self.run.alike else 'between' if self.run.loss == 'between' else ''
+
+    @property
+    def failure(self) -> str:
+        "Why the mock training is none to go by, a key of `words.failures`; empty where it is"
+        run = self.run
+        if run.stopped in ('loss', 'first loss'): return run.stopped
+        if run.biased: return 'biased'
+        if run.lr == 0: return 'lr'
+        if not len(self) or 'loss' not in self.stats: return ''
+        first,last = self.stats.loss.iloc[0] if math.isnan(run.first_loss) else run.first_loss,self.stats.loss.iloc[-1]
+        return 'rose' if last - first > abs(first) else ''
 
     @cached_property
     def mean_noise_scale(self) -> tuple|None:

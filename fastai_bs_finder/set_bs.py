@@ -18,7 +18,7 @@ from .loaders import batch_size, check_empty, check_settable, leave_out_one, lea
 from .mock import kind_of_loss
 from .processes import processes_of, unwrap
 from .result import BSResult, advised_bs, least_and_why
-from .words import as_epoch, say, set_bs_summary, stays_summary
+from .words import as_epoch, reasons, say, set_bs_summary, stays_summary
 
 # %% ../nbs/42_set_bs.ipynb #ae7019c4
 def known_fits(
@@ -54,12 +54,10 @@ def _stay(learn, processes, suggested):
 
 def _no_plan(result):
     "Why `result` does not tell how to train, and what to do; empty where it does"
-    run = result.run
-    if run.lr == 0: return "the last bs_find trained nothing, with lr=0: call it with the learning rate of a training"
-    if run.stopped in ('loss', 'first loss'): return "the loss of the last bs_find was not finite: call it again as it said"
-    if run.biased: return "every batch of the last bs_find stepped, and such a noise scale is for comparison only: call it without finder"
-    if result.mean_noise_scale is None: return f"the last bs_find could not tell the noise scale: do what it asked for, or go back, learn.set_bs({run.bs})"
-    return ''
+    if result.failure == 'biased': return "every batch of the last bs_find stepped, and such a noise scale is for comparison only: call it without finder"
+    if result.failure: return f"{reasons[result.failure]} in the last bs_find: do what it said, and call it again"
+    if result.mean_noise_scale is not None: return ''
+    return f"the last bs_find could not tell the noise scale: do what it asked for, or go back, learn.set_bs({result.run.bs})"
 
 def _what_was_done(learn, processes, bs, micro, before, unfit):
     dl,n = learn.dls.train,n_train_examples(learn)
@@ -135,5 +133,5 @@ def bs_plan(self:Learner,
         raise ValueError(f"n_epoch={n_epoch} cannot be converted: the batches of {type(self.dls.train).__name__} come ready-made, of a size that "
                          "nobody knows. Choose the number of epochs yourself")
     if not why: return result.plan(bs, n_epoch)[:2]
-    if bs == run.bs and run.lr != 0 and run.stopped not in ('loss', 'first loss'): return n_epoch,run.lr if run.lr_given is None else run.lr_given
+    if bs == run.bs and result.failure in ('', 'biased'): return n_epoch,run.lr if run.lr_given is None else run.lr_given
     raise ValueError(f"n_epoch={n_epoch} at bs={run.bs} cannot be converted to bs={bs}: {why}")

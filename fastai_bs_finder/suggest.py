@@ -49,7 +49,7 @@ def fastest(
 ) -> int|None: # A batch size that can be acted on; `None` where the noise scale, or the time of a step, is not known
     "The batch size that should reach the same loss in the shortest time on this machine: of those about as fast, the nearest to the one in use"
     times,bs0 = result.times(),result.run.bs
-    if times is None or not result.in_use.hi.iloc[-1] > 0: return
+    if times is None or result.failure or not result.in_use.hi.iloc[-1] > 0: return
     sure = times[times.worst < 1]
     best = bs0
     if len(sure) and times.time[bs0] > (1 + result.run.regret)*sure.time.min():

@@ -10,7 +10,7 @@ def result(*rows, opt_rows=None, suggest=(critical, fastest), raw=None, **facts)
     `raw` the scales of single measurements; `facts` are fields of its `Run` or `Profile`"""
     def columns(rows, prefix=''):
         names = [prefix + c for c in 'noise scale noise_scale lo hi raw_noise raw_scale'.split()]
-        scales = [10/x for x,*_ in rows] if raw is None else raw
+        scales = [float('nan')]*len(rows) if raw is None else raw  # then intervals are those of the rows
         return pd.DataFrame([(10., 10/x, x, lo, hi, 10., s) for (x,lo,hi),s in zip(rows, scales)], columns=names)
     stats = pd.concat([columns(rows), *([columns(opt_rows, 'opt_')] if opt_rows else [])], axis=1)
     for i,(name,step) in enumerate((('batch', 10), ('step', 1), ('samples', 160))): stats.insert(i, name, [step*k for k in range(1, len(rows) + 1)])

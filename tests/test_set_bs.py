@@ -198,8 +198,8 @@ def test_a_plan_of_an_unknown_noise_scale():
         with pytest.raises(ValueError, match='n_epoch=3 at bs=16 cannot be converted to bs=32: .*, or go back, learn.set_bs' if not facts.get('biased') else 'without finder'):
             learn.bs_plan(3)
         with learn.no_logging(): learn.set_bs(16)
-    for facts,words in ((dict(lr=0, lr_given=0), 'with lr=0: call it with the learning rate of a training'),
-                        (dict(stopped='loss'), 'not finite: call it again as it said')):
+    for facts,words in ((dict(lr=0, lr_given=0), 'nothing was trained in the last bs_find: do what it said, and call it again'),
+                        (dict(stopped='loss'), 'the loss was not finite in the last bs_find: do what it said')):
         having(learn, *known, **facts)
         with pytest.raises(ValueError, match=words): learn.bs_plan(3)
 
@@ -210,6 +210,14 @@ def test_no_plan_for_bad_input(n_epoch):
     with pytest.raises(ValueError, match='epochs at the batch size that bs_find measured at, and there was none yet: call learn.bs_find'): learn.bs_plan(3)
     having(learn, *known)
     with pytest.raises(ValueError, match=f'n_epoch={n_epoch!r} is not a whole number of 1 or more'): learn.bs_plan(n_epoch)
+
+
+def test_no_plan_and_no_size_for_batches_that_come_ready_made(capsys):
+    X,y = digits()
+    learn = Learner(DataLoaders(*[[(X[:4], y[:4])]]*2), mlp(), loss_func=nn.functional.cross_entropy)
+    having(learn, *known)
+    with pytest.raises(ValueError, match='the batches of list come ready-made'): learn.bs_plan(3)
+    assert learn.set_bs(Sug(None, None)) is learn and 'The batch size stays what it is: ' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize('fit', ('fit', 'fit_one_cycle', 'fine_tune'))
