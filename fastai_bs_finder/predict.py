@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['exponents', 'least_steps', 'rel_steps', 'rel_examples', 'noiseless_mean', 'scale_lr', 'fit_steps', 'sizes_between',
-           'round_bs', 'StepTime', 'steps_of_training', 'regrets', 'whole_epochs', 'n_parts', 'compare']
+           'round_bs', 'StepTime', 'growth', 'steps_of_training', 'regrets', 'whole_epochs', 'n_parts', 'compare']
 
 # %% ../nbs/11_predict.ipynb #a4fdd636
 import math
@@ -126,6 +126,14 @@ class StepTime:
         return self.overhead/self.cost if self.cost else math.inf
 
     def __repr__(self): return f'StepTime({self.overhead*1e3:.3g} ms + {self.cost*1e6:.3g} µs per example)'
+
+# %% ../nbs/11_predict.ipynb #c31ea2dc
+def growth(
+    seen:float, # Number of examples of the beginning of a training
+    ahead:float, # Number of examples of all of it
+) -> float: # 1 or more
+    "Noise scale averaged over a training, relative to that over its beginning: measured, see above"
+    return max(ahead/seen, 1)**.3
 
 # %% ../nbs/11_predict.ipynb #d16de639
 least_steps = 100

@@ -19,7 +19,7 @@ from torch import nn
 from fastcore.basics import patch
 from fastai.learner import Recorder
 from .noise import Noise, NoiseAverage, fieller
-from .predict import StepTime, compare, least_steps, noiseless_mean, regrets, sizes_between, steps_of_training, whole_epochs
+from .predict import StepTime, compare, growth, least_steps, noiseless_mean, regrets, sizes_between, steps_of_training, whole_epochs
 
 # %% ../nbs/21_result.ipynb #f96bd5cf
 def _plain(x):
@@ -119,9 +119,9 @@ class Profile:
 
     @property
     def unsteady(self) -> float:
-        "The largest spread of the timings of a batch size: the middle half of them, relative to their median"
-        quartiles = [np.quantile(s, [.25, .5, .75]) for s in self.timings.values() if len(s) > 3]
-        return max((float((c - a)/b) for a,b,c in quartiles), default=0.)
+        "The largest relative standard error of a median step time, from the middle half of the timings"
+        quartiles = [(*np.quantile(s, [.25, .5, .75]), len(s)) for s in self.timings.values() if len(s) > 3]
+        return max((float(.93*(c - a)/b/n**.5) for a,b,c,n in quartiles), default=0.)
 
 # %% ../nbs/21_result.ipynb #58913f07
 @dataclass(frozen=True)
@@ -233,6 +233,14 @@ class BSResult(Result):
         "The noise scale averaged over the mock training, see `mean_noise_scale`; `None` where there is a `hindrance`"
         return None if self.hindrance else mean_noise_scale(self.stats, self.run.measured_bs or self.run.bs)
 
+    @cached_property
+    def noise_scale_ahead(self) -> tuple|None:
+        "The noise scale averaged over a training of `run.n_epoch` epochs, of which the mock training is the beginning, see `growth`"
+        run = self.run
+        if self.mean_noise_scale is None: return
+        by = growth(run.spent*(run.measured_bs or run.bs), run.n_epoch*run.n) if run.n and run.spent else 1.
+        return tuple(float(B*by) for B in self.mean_noise_scale)
+
     @property
     def bs_in_use(self) -> int:
         "The batch size in use, of all processes together"
@@ -271,15 +279,15 @@ class BSResult(Result):
         bs:int, # A batch size
     ) -> dict|None: # See `compare`; `None` where the noise scale is not known at all
         "What a training to the same loss takes at `bs`, relative to the batch size in use"
-        if self.mean_noise_scale is None: return
+        if self.noise_scale_ahead is None: return
         lr = self.run.lr if self.run.lr_given is None else self.run.lr_given
-        return compare(bs, self.run.bs, self.mean_noise_scale, lr, self.run.opt, self.step_time, self.profile.max_bs, self.run.n, self.run.loss)
+        return compare(bs, self.run.bs, self.noise_scale_ahead, lr, self.run.opt, self.step_time, self.profile.max_bs, self.run.n, self.run.loss)
 
     @cached_property
     def table(self) -> pd.DataFrame|None:
         "What each batch size would take, indexed by batch size: `learn.recorder.bs_table`; `None` where the noise scale is not known at all"
-        if self.mean_noise_scale is None: return
-        mean,lo,_ = self.mean_noise_scale
+        if self.noise_scale_ahead is None: return
+        mean,lo,_ = self.noise_scale_ahead
         top = self.run.n or 8*max(self.run.bs, mean)
         suggested = [bs for v in self.suggested.values() if (bs := _as_size(v)) and bs <= top]
         sizes = sorted({self.run.bs, *sizes_between(min(self.run.bs, lo)/8, top), *suggested})
@@ -297,7 +305,7 @@ class BSResult(Result):
     ) -> pd.DataFrame|None: # By batch size: `time` of a training of `run.n_epoch` epochs, `worst`, `regret`; `None` where there is no telling
         "Predicted time at each batch size that fits in one piece, relative to the size in use; the worst of it in the interval; see `regrets`"
         if self.table is None or self.step_time is None: return
-        mean,lo,hi = self.mean_noise_scale
+        mean,lo,hi = self.noise_scale_ahead
         bs0,run = self.run.bs,self.run
         timed,most = max(self.profile.step_time),self.largest or math.inf
         sizes = np.array([bs for bs in self.table.index if bs == bs0 or bs <= min(_foreseen*timed, most) and self.works(bs)])
@@ -305,8 +313,7 @@ class BSResult(Result):
         within = [mean, *np.geomspace(lo, max(min(hi, 1e3*mean), lo), 16), hi]
         steps = np.array([[steps_of_training(bs, bs0, B, steps0) for B in within] for bs in sizes])
         rel = steps*np.array([[self.step_time(bs)/self.step_time(bs0)] for bs in sizes])
-        time,worst = rel[:, 0],rel.max(1)
-        res = pd.DataFrame(dict(time=np.where(sizes < bs0, worst, time), worst=worst, regret=regrets(rel)), index=pd.Index(sizes, name='bs'))
+        res = pd.DataFrame(dict(time=rel[:, 0], worst=rel.max(1), regret=regrets(rel)), index=pd.Index(sizes, name='bs'))
         return res[(sizes == bs0) | (sizes <= reach*timed)]
 
     @property
@@ -321,13 +328,12 @@ class BSResult(Result):
         bs:int, # A batch size
         n_epoch:int|None=None, # Number of epochs at the size in use; `None`: `run.n_epoch`
     ) -> tuple|None: # Number of epochs, learning rate, and the time they take relative to `n_epoch` at the size in use; `None` where there is no telling
-        "A training with `bs` that should reach the same loss, of a hundred steps at least; with a smaller batch it is the upper end of the interval that counts"
+        "A training with `bs` that should reach the same loss, of a hundred steps at least"
         row,run,n_epoch = self.at_bs(bs),self.run,n_epoch or self.run.n_epoch
         if row is None: return
-        rel_epochs,rel_time = (row[f"{q}{'_hi' if bs < run.bs else ''}"] for q in ('epochs', 'time'))
         least = min(least_steps/max(run.n/bs, 1), n_epoch*bs/run.bs) if run.n else 0
-        epochs = whole_epochs(n_epoch, rel_epochs, rel_time, least)
-        return epochs,row['lr'],float(rel_time*epochs/(n_epoch*rel_epochs))
+        epochs = whole_epochs(n_epoch, row['epochs'], row['time'], least)
+        return epochs,row['lr'],float(row['time']*epochs/(n_epoch*row['epochs']))
 
     def changed(self,
         **changes, # Fields of it, of `run` or of `profile`, and their new values

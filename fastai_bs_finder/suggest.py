@@ -56,7 +56,7 @@ def fastest(
         near = sure[sure.time <= 1.05*sure.time.min()]
         clear = near[near.regret < result.run.regret]
         best = min(clear.index, key=lambda bs: abs(math.log(bs/bs0))) if len(clear) else near.regret.idxmin()
-    if times.regret[best] > _too_open: return
+    if best == bs0 and times.regret[best] > _too_open: return
     return result.race.winner(int(best)) if result.race and best in result.race.sizes else int(best)
 
 mk_class('BSSuggestion', **{f.__name__.capitalize():f for f in (critical, fastest, average)},

@@ -241,12 +241,12 @@ troubles = {'short': "the run is too short to try them, raise num_it, or profile
             'failed': "a step with bs={bs} fails ({error})"}
 _small_bs = 32  # from here on the noise scale of a model with batch-norm changes little with the batch size
 _uneven = .7  # from here on the noise scale comes out a good deal too small
-_unsteady = .5  # from here on times are not to be trusted
+_unsteady = .2  # from here on times are not to be trusted
 
 def _about_times(result):
     profile,race = result.profile,result.race
     if profile.unsteady > _unsteady and not (race and result.advised in race.sizes):  # a race does not go by times
-        return f"Step times vary by {profile.unsteady:.0%} here: other programs may be running; ask again when they are not."
+        return f"Step times are known within {profile.unsteady:.0%} only: other programs may be running; ask again when they are not."
     if profile.trouble and not profile.unfit:
         return ("How fast other batch sizes are on this machine is not known: "
                 f"{troubles[profile.trouble].format(bs=profile.failed, error=profile.error)}.")
