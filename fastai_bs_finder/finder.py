@@ -105,16 +105,17 @@ def _alike(learn, cb, n_epoch_it):
 
 # %% ../nbs/50_finder.ipynb #45335ffd
 least_measurements,least_bound = 6,200
-_least_n_batch,_small_bs,_cheap = 4,64,.1  # a tenth of a training is cheap
+_least_n_batch,_most_n_batch,_small_bs,_cheap = 4,10,64,.07  # that part of a training is cheap
 _expected = .1  # part of the most that a better choice could save
 
-def _default_n_batch(n_epoch_it, least):
-    "10, or fewer where there would be few measurements in an epoch"
-    return 10 if n_epoch_it is None else max(min(10, max(n_epoch_it//20, _least_n_batch), n_epoch_it), least)
+def _default_n_batch(n_it, n_epoch, least):
+    "10, or fewer where an epoch is short: six measurements, with half as many steps between them, should be cheap"
+    if n_it is None: return _most_n_batch
+    return max(min(max(int(_cheap*n_epoch*n_it/(1.5*least_measurements)), _least_n_batch), _most_n_batch, n_it), least)
 
 def _size_to_measure(dl, n_epoch, n_epoch_it):
     "The batch size in use, or a smaller one where measuring with it would not be cheap"
-    bs,needed = batch_size(dl),2*least_measurements*_least_n_batch
+    bs,needed = batch_size(dl),1.5*least_measurements*_least_n_batch
     if not bs or bs <= _small_bs or n_epoch_it is None or needed <= _cheap*n_epoch*n_epoch_it: return bs
     try: check_settable(dl)
     except ValueError: return bs
@@ -125,7 +126,7 @@ def _why_enough(result, n_epoch_it):
     times,bs,run = result.times(),fastest(result),result.run
     if times is None: return ''
     regret = times.regret[bs or run.bs]
-    if bs and regret < run.regret: return 'clear'
+    if bs and regret < (2 if bs == run.bs else 1)*run.regret: return 'clear'
     cost = run.spent*result.step_time(run.measured_bs or run.bs)/result.step_time(run.bs)
     return 'cost' if n_epoch_it and cost > _expected*regret/(1 + regret)*run.n_epoch*n_epoch_it else ''
 
@@ -192,13 +193,13 @@ class _Search:
         result,run = self.result,self.result.run
         sizes,step_time = [run.bs, fastest(result)],result.step_time
         if sizes[1] in (None, run.bs): return
-        seconds = _race_share*run.n_epoch*(self.n_epoch_it or 0)*float(step_time(run.bs))
-        seconds = max(min(seconds, _long_race), least)
-        if seconds < _least_steps*float(max(map(step_time, sizes))): return
+        training = run.n_epoch*(self.n_epoch_it or math.inf)*float(step_time(run.bs))
+        seconds,saves = max(min(_race_share*training, _long_race), least),training*(1 - result.times().time[sizes[1]])
+        if seconds < _least_steps*float(max(map(step_time, sizes))) or len(sizes)*seconds > _worth*saves: return
         try: self.result = result.changed(race=run_race(self.learn, result, sizes, seconds, partial(_one_more, result, sizes[1], seconds)))
         except Exception: pass  # it is not the measurements that fail
 
-_least_steps,_race_share,_long_race = 8,.03,10.  # steps of each size in a race; its part of a training; seconds
+_least_steps,_race_share,_long_race,_worth = 8,.03,10.,.5  # steps of each size in a race; its part of a training; seconds; its part of what is saved
 
 def _one_more(result, bs, seconds, race):
     "A third size: beyond the suggestion, or between it and the one in use where it is behind"
@@ -220,7 +221,7 @@ def bs_find(self:Learner,
     num_it:int|None=None, # Number of batches to spend at most; `None`: an epoch or 200, whichever is more
     n_batch:int|None=None, # Number of batches per measurement, 2 or more; of each of several processes, 1 or more. `None`: 10, fewer in a short epoch
     beta:float=.9, # EMA factor over measurements, in [0, 1)
-    n_train:int|None=None, # Number of ordinary training steps between measurements; `None`: as many as `n_batch`
+    n_train:int|None=None, # Number of ordinary training steps between measurements; `None`: as many as `n_batch`, or half as many where that is `None`, too
     show_plot:bool=True, # Draw the picture?
     suggest_funcs:Callable|tuple=(critical, fastest), # Function or functions from `learn.recorder.bs_result`, whose columns they may index, to a batch size
     profile:bool|float=True, # Time steps at a few batch sizes, and see what fits in memory? A number: the share of the time; `True`: 0.5, or a second
@@ -251,9 +252,10 @@ def bs_find(self:Learner,
         bs0,left_to_us = batch_size(dl),num_it is None and n_batch is None and processes.size == 1
         def search(bs):
             n_it = n_epoch_it and n_epoch_it*bs0//bs if bs != bs0 else n_epoch_it
-            k = _default_n_batch(n_it, least) if n_batch is None else n_batch
+            k = _default_n_batch(n_it, n_epoch, least) if n_batch is None else n_batch
             check_epoch(n_it, k, least, bs)
-            cb = in_step(finder, self)(max(n_it or 0, least_bound) if num_it is None else num_it, k, beta, n_train)
+            between = k//2 if n_batch is None and n_train is None else n_train
+            cb = in_step(finder, self)(max(n_it or 0, least_bound) if num_it is None else num_it, k, beta, between)
             shows_bar = processes.rank == 0 and any(isinstance(o, progress.ProgressCallback) for o in self.cbs)
             cb.pbar = bar = progress.progress_bar(range(cb.num_it), leave=False) if shows_bar else None
             if share: cb.enough = lambda: 'pause' if len(cb.rows) == least_measurements else ''
@@ -263,7 +265,7 @@ def bs_find(self:Learner,
                     search = _Search(self, cb, lr, n_epoch_it, processes, regret=float(regret), n_epoch=n_epoch)
                     search.start(bs)
                     if share and len(search.result): search.settle(max(share*(time.perf_counter() - start), least_profile*(profile is True)))
-                    if share and race and len(search.result) and processes.size == 1: search.race(least_profile*(profile is True))
+                    if share and race and len(search.result) and processes.size == 1: search.race(least_profile/2*(profile is True))
                 done = True
             finally:
                 if bar and bar.last_v is not None: bar.on_iter_end() if done else bar.on_interrupt()

@@ -52,7 +52,7 @@ def fastest(
     if times is None or result.failure or not result.in_use.hi.iloc[-1] > 0: return
     sure = times[times.worst < 1]
     best = bs0
-    if len(sure) and times.time[bs0] > (1 + result.run.regret)*sure.time.min():
+    if len(sure) and times.time[bs0] > (1 + 2*result.run.regret)*sure.time.min():
         near = sure[sure.time <= 1.05*sure.time.min()]
         clear = near[near.regret < result.run.regret]
         best = min(clear.index, key=lambda bs: abs(math.log(bs/bs0))) if len(clear) else near.regret.idxmin()
