@@ -107,7 +107,7 @@ def _alike(learn, cb, n_epoch_it):
 # %% ../nbs/50_finder.ipynb #45335ffd
 least_measurements,least_bound = 6,200
 _least_n_batch,_most_n_batch,_small_bs,_cheap = 4,10,64,.07  # that part of a training is cheap
-_expected = .1  # part of the most that a better choice could save
+_expected = .06  # part of the most that a better choice could save
 
 def default_n_batch(
     n_it:int|None, # Number of batches in an epoch; `None`: not known
