@@ -202,7 +202,8 @@ class _Search:
         sizes,step_time = [run.bs, fastest(result)],result.step_time
         if sizes[1] in (None, run.bs): return
         training = run.n_epoch*(self.n_epoch_it or math.inf)*float(step_time(run.bs))
-        seconds,saves = max(min(_race_share*training, _long_race), least),training*(1 - result.times().time[sizes[1]])
+        known = training if self.n_epoch_it else run.spent*float(step_time(run.bs))/_race_share  # of a stream: no longer than the measurements
+        seconds,saves = max(min(_race_share*known, _long_race), least),training*(1 - result.times().time[sizes[1]])
         if seconds < _least_steps*float(max(map(step_time, sizes))) or len(sizes)*seconds > _worth*saves: return
         try: self.result = result.changed(race=run_race(self.learn, result, sizes, seconds, partial(_one_more, result, sizes[1], seconds)))
         except Exception: pass  # it is not the measurements that fail
@@ -266,7 +267,7 @@ def bs_find(self:Learner,
             cb = in_step(finder, self)(max(n_it or 0, least_bound) if num_it is None else num_it, k, beta, between)
             shows_bar = processes.rank == 0 and any(isinstance(o, progress.ProgressCallback) for o in self.cbs)
             cb.pbar = bar = progress.progress_bar(range(cb.num_it), leave=False) if shows_bar else None
-            if share: cb.enough = lambda: 'pause' if len(cb.rows) == least_measurements else ''
+            if share and regret: cb.enough = lambda: 'pause' if len(cb.rows) == least_measurements else ''
             start,done = time.perf_counter(),False
             try:
                 with mock_training(self):

@@ -82,7 +82,8 @@ def _drop_measurement(self:BSFinder):
 @patch
 def before_batch(self:BSFinder):
     if not self.spent and self.processes.size == 1: pass_parts(self.learn, self.batch_loss)
-    if not self.epoch and self.seen < (n_items(dealt_out(self.dls.train)) or math.inf): self.order_of_batches.add(self.xb, self.yb, n_examples(self.learn), partial(part_of, self.learn))
+    if not self.epoch and self.seen < (n_items(dealt_out(self.dls.train)) or math.inf):
+        self.order_of_batches.add(self.xb, self.yb, n_examples(self.learn), partial(part_of, self.learn))
     cycle = self.n_train + self.n_batch
     if not self.spent and self.num_it >= 4*cycle and self.n_iter >= cycle: self._left_to_train = self.n_train
     fits = self.n_batch <= min(self.n_iter - self.iter, self.num_it - self.spent)
