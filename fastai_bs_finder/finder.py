@@ -31,7 +31,7 @@ from .profile import profile_steps
 from .race import run_race
 from .result import BSResult, Profile, keep_result, keep_sizes, layer_table
 from .snapshot import Snapshot
-from .suggest import critical, fastest, quickest
+from .suggest import critical, fastest, open_by, quickest
 from .words import bs_summary, say
 import fastai_bs_finder.plot
 
@@ -131,9 +131,8 @@ def why_enough(
     n_epoch_it:int|None, # Number of batches of an epoch with the batch size in use; `None`: not known
 ) -> str: # 'clear' where the choice is, 'cost' where they would cost more than they can be expected to save; empty where they are wanted
     "Why no more measurements are wanted"
-    times,bs,run = result.times(),fastest(result),result.run
-    if times is None: return ''
-    regret = times.regret[bs or run.bs]
+    regret,bs,run = open_by(result),fastest(result),result.run
+    if regret is None: return ''
     if bs and regret < (2 if bs == run.bs else 1)*run.regret: return 'clear'
     cost = run.spent*result.step_time(run.measured_bs or run.bs)/result.step_time(run.bs)
     return 'cost' if n_epoch_it and cost > _expected*regret/(1 + regret)*run.n_epoch*n_epoch_it else ''
@@ -191,10 +190,15 @@ class _Search:
             why = cb.why_enough if cb.why_enough != 'pause' else why_enough(self.result, self.n_epoch_it)
             if why or not cb.why_enough or self.result.hindrance: break
             profile,self.profile = time_the_best,self.result.profile
-            cb.enough = lambda: why_enough(self._so_far(), self.n_epoch_it)
+            cb.enough = self._enough
             self._fit()
             self.result = self._so_far()
         self.result = self.result.changed(enough=why)
+
+    def _enough(self):
+        result = self._so_far()
+        self.cb.open_by = open_by(result)
+        return why_enough(result, self.n_epoch_it)
 
     def race(self, least):
         "Let the suggestion and the size in use train for the same time, `least` seconds or more"

@@ -48,7 +48,7 @@ class BSFinder(MockCallback):
         if not isinstance(beta, Real): raise ValueError(f"beta={beta!r} is not a number in [0, 1)")
         NoiseAverage(beta)
         self.num_it,self.n_batch,self.beta,self.n_train,self.pbar = num_it,n_batch,beta,n_train,pbar
-        self.enough = lambda: ''
+        self.enough,self.open_by = lambda: '',None
         self._start()
 
     def _start(self):
@@ -200,9 +200,9 @@ def _complete(self:BSFinder, bs, loss_scale):
     self.run_facts['bs'] = int(all_bs)
     self.parts.append(np.stack([o[0] for o in self.meter.parts]))
     self.rows.append(dict(batch=self.spent + 1, step=self.steps, samples=self.seen + bs*self.processes.size, loss=loss) | self.columns())
-    if self.pbar and (comment := noise_scale_so_far(self.rows[-1])): self.pbar.comment = comment
     self.step_with(mean)
     self.why_enough = self.enough()
+    if self.pbar and (comment := noise_scale_so_far(self.rows[-1], self.open_by)): self.pbar.comment = comment
 
 @patch
 def columns(self:BSFinder) -> dict: # Of the simple noise scale, and with prefix `opt_` of the optimizer's
