@@ -180,12 +180,15 @@ class _Search:
             here = Snapshot(self.learn, [cb])
             try: self.result = profile(self.learn, self.result, budget=budget)
             finally: here.restore()
+            self.processes.barrier()
+            self.result = self.processes.first(self.result)
             why = cb.why_enough if cb.why_enough != 'pause' else _why_enough(self.result, self.n_epoch_it)
             if why or not cb.why_enough or self.result.hindrance: break
             profile,self.profile = time_the_best,self.result.profile
-            cb.enough = lambda: _why_enough(self._so_far(), self.n_epoch_it)
+            cb.enough = lambda: self.processes.first(_why_enough(self._so_far(), self.n_epoch_it))  # the measurement was a meeting
             self._fit()
-            self.result = self._so_far()
+            self.processes.barrier()
+            self.result = self.processes.first(self._so_far())
         self.result = self.result.changed(enough=why)
 
     def race(self, least):
