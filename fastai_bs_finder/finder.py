@@ -187,18 +187,21 @@ class _Search:
             here = Snapshot(self.learn, [cb])
             try: self.result = profile(self.learn, self.result, budget=budget)
             finally: here.restore()
+            self.processes.barrier()
+            self.result = self.processes.first(self.result)
             why = cb.why_enough if cb.why_enough != 'pause' else why_enough(self.result, self.n_epoch_it)
             if why or not cb.why_enough or self.result.hindrance: break
             profile,self.profile = time_the_best,self.result.profile
             cb.enough = self._enough
             self._fit()
-            self.result = self._so_far()
+            self.processes.barrier()
+            self.result = self.processes.first(self._so_far())
         self.result = self.result.changed(enough=why)
 
     def _enough(self):
         result = self._so_far()
         self.cb.open_by = open_by(result)
-        return why_enough(result, self.n_epoch_it)
+        return self.processes.first(why_enough(result, self.n_epoch_it))  # the measurement was a meeting
 
     def race(self, least):
         "Let the suggestion and the size in use train for the same time, `least` seconds or more"
