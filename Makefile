@@ -77,7 +77,7 @@ docs: install
 	$(BIN)/python docs/build.py
 
 bench: $(VENV)/.bench
-	for script in accuracy.py scaling.py overhead.py finders.py growing.py distributed.py optimizers.py prediction.py 'recipe.py --page' results.py; do \
+	for script in accuracy.py scaling.py overhead.py finders.py growing.py distributed.py optimizers.py prediction.py stopping.py 'recipe.py --page' results.py; do \
 		$(BIN)/python -W ignore benchmarks/$$script || exit 1; done
 
 training: $(VENV)/.bench

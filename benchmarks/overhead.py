@@ -22,7 +22,7 @@ def main():
     p.add_argument('--rounds', type=int, default=5, help='rounds in which every way runs once')
     args = p.parse_args()
     learn = mlp_learner(args.num_it)
-    def find(n_train=None, profile=True): return lambda: learn.bs_find(1e-3, n_train=n_train, show_plot=False, profile=profile)
+    def find(n_train=None, profile=True): return lambda: learn.bs_find(1e-3, args.num_it, 10, n_train=n_train, show_plot=False, profile=profile and .2, regret=0, race=False)
     ways = {'fit': lambda: learn.fit(1, 1e-3), 'bs_find(n_train=0)': find(0), 'bs_find()': find(), 'bs_find(n_train=0, profile=False)': find(0, False), 'bs_find(profile=False)': find(None, False)}
     for way in ('fit', 'bs_find()'): ways[way]()  # what comes first takes longer
     took = pd.DataFrame([{way: seconds(f) for way,f in ways.items()} for _ in range(args.rounds)])
@@ -35,7 +35,7 @@ def main():
     params = list(learn.model.parameters())
     grads = n_bytes(params)
     snapshot = grads + n_bytes(v for p in params for v in learn.opt.state[p].values() if isinstance(v, torch.Tensor))
-    memory = {k: (peak(lambda: learn.bs_find(1e-3, k, k, n_train=0, show_plot=False)) - snapshot - grads)/grads for k in n_batches}
+    memory = {k: (peak(lambda: learn.bs_find(1e-3, k, k, n_train=0, show_plot=False, race=False)) - snapshot - grads)/grads for k in n_batches}
     print(memory)
     over = [f'`{way}` takes {times["median"][way]:.2f} of the time of `fit`, {bound} was wanted.' for way,bound in bounds.items() if times['median'][way] > bound]
     over += [f'With n_batch={k} it takes {m:.2f} gradients of memory, {most} were wanted.' for k,m in memory.items() if m > most]

@@ -6,6 +6,7 @@ from matplotlib.figure import Figure
 
 import fastai_bs_finder.finder
 from fastai_bs_finder.predict import noiseless_mean, rel_steps
+from fastai_bs_finder.suggest import fastest
 from common import at_once, write_page
 from hessian import HessianFinder
 from tasks import tasks
@@ -15,8 +16,10 @@ from training import best_runs, bs0, geomean, here, seeds, sizes, step_seconds, 
 def found(task, lr, steps, seed, **kwargs):
     "What `bs_find` finds in a mock training as long as the real one, with time enough for the profile: these trainings take seconds"
     learn = task.make(bs0, seed)
-    sug = learn.bs_find(lr, max(math.ceil(steps*20/11), 100), show_plot=False, **{'profile': 1., **kwargs})
-    return learn,sug
+    learn.bs_find(lr, max(math.ceil(steps*20/11), 100), 10, show_plot=False, regret=0, race=False, **{'profile': 1., **kwargs})
+    run = learn.recorder.bs_result.run
+    result = learn.recorder.bs_result.changed(n_epoch=run.spent*bs0/run.n)  # no longer than it was: no growth of the noise scale ahead
+    return result,fastest(result) or bs0
 
 
 def cost(name, lr, seconds):
@@ -26,10 +29,14 @@ def cost(name, lr, seconds):
     def took(**kwargs):
         start = time.perf_counter()
         sug = learn.bs_find(lr, show_plot=False, **kwargs)
-        return time.perf_counter() - start,sug.fastest
-    (both,*answers),(without,_),*again = took(),took(profile=False),took(),took()
-    answers += [f for _,f in again]
-    return dict(task=name, epoch_seconds=epoch, finder=both/epoch, profile=(both - without)/epoch, profile_of_finder=1 - without/both, fastest=', '.join(map(str, answers)), apart=max(answers)/min(answers) if all(answers) else math.nan)
+        return time.perf_counter() - start,sug.fastest,learn.recorder.bs_result
+    answers = [took() for _ in range(3)]
+    first = answers[0][0]
+    run = answers[0][2].run
+    without = took(num_it=run.spent, n_batch=run.n_batch, n_train=run.n_train, profile=False)[0]
+    named = [f for _,f,_ in answers]
+    agree = all(f and o.band[0] <= f <= o.band[1] for _,f,_ in answers for *_,o in answers)
+    return dict(task=name, epoch_seconds=epoch, finder=first/epoch, measuring=without/epoch, batches=run.spent, fastest=', '.join(map(str, named)), bands=', '.join(f'{a} to {b}' for a,b in (o.band for *_,o in answers)), agree=agree)
 
 
 def seconds_per_step(task, lrs, rounds=3):
@@ -40,7 +47,7 @@ def seconds_per_step(task, lrs, rounds=3):
 
 def noise_scales(name, lr, steps, n_seeds):
     "The average of each of the three noise scales, over noiseless steps"
-    tables = [found(tasks[name], lr, steps, seed, finder=HessianFinder, profile=False)[0].recorder.bs_stats for seed in range(n_seeds)]
+    tables = [found(tasks[name], lr, steps, seed, finder=HessianFinder, profile=False)[0].stats for seed in range(n_seeds)]
     def mean(B): return noiseless_mean(B[B > 0], bs0)
     return {label: geomean([mean(stats[f'{prefix}noise_scale']) for stats in tables]) for label,prefix in dict(simple='', optimizer='opt_', Hessian='full_').items()}
 
@@ -77,19 +84,19 @@ def main():
     best = best_runs(pd.read_csv(here/'training.csv'))
     starts = {(name, target): (float(best.lr[name, target, bs0]), best.steps[name, target, bs0]) for name in args.tasks for target in tasks[name].targets}
     noise = dict(zip(starts, at_once(noise_scales, [(name, *start, args.seeds) for (name,_),start in starts.items()])))
-    tables,fastest,seconds,costs = {},{},{},[]
+    tables,suggested,seconds,costs = {},{},{},[]
     for name in args.tasks:
         task = tasks[name]
         lrs = best.lr[name, task.targets[-1]].astype(float).to_dict()
         for target in task.targets:
             answers = [found(task, *starts[name, target], seed) for seed in range(args.seeds)]
-            tables[name, target],fastest[name, target] = [learn.recorder.bs_table for learn,_ in answers],sorted({sug.fastest for _,sug in answers})
-            lrs |= {f: tables[name, target][0].lr[f] for f in fastest[name, target] if f not in lrs}
+            tables[name, target],suggested[name, target] = [result.table for result,_ in answers],sorted({bs for _,bs in answers})
+            lrs |= {f: tables[name, target][0].lr[f] for f in suggested[name, target] if f not in lrs}
         seconds[name] = seconds_per_step(task, lrs)
         costs.append(cost(name, starts[name, task.targets[0]][0], seconds[name][bs0]))
         print(costs[-1], flush=True)
     steps = best.steps[np.isfinite(best.steps)].to_dict()
-    untried = [(*key, f, tables[key][0].lr[f], 5*starts[key][1]) for key,found_ in fastest.items() for f in found_ if (*key, f) not in steps]
+    untried = [(*key, f, tables[key][0].lr[f], 5*starts[key][1]) for key,found_ in suggested.items() for f in found_ if (*key, f) not in steps]
     trained = np.reshape(at_once(steps_to_target, [(*at, seed) for at in untried for seed in seeds]), (-1, len(seeds)))
     steps |= {at[:3]: geomean(n) for at,n in zip(untried, trained)}
     rows,errors,choices = [],[],[]
@@ -108,7 +115,7 @@ def main():
         e['time, mean'],e['time, largest'] = off(r.predicted_time, r.time_ratio)
         e |= {label: off([rel_steps(b, bs0, B) for b in others], r.steps_ratio)[0] for label,B in noise[name, target].items()}
         errors.append(e)
-        for f in fastest[name, target]:
+        for f in suggested[name, target]:
             took,all_ = steps[name, target, f]*sec[f],{b: m.steps[b]*sec[b] for b in reached}
             b = min(all_, key=all_.get)
             choices.append(dict(task=name, target=target, fastest=f, seconds=took, best_measured=b, best_seconds=all_[b], ratio=took/all_[b], in_use=all_[bs0]/all_[b]))
@@ -124,7 +131,7 @@ steps until the training loss on 2,000 fixed training examples is at the target.
 training as long as the real one, {args.seeds} seed{'s' if args.seeds > 1 else ''}.""",
         [f"Steps to the same loss, predicted for batch sizes from {min(sizes)} to {max(sizes):,}, are off by factors of {errors['steps, mean'].min():.2f} to {errors['steps, mean'].max():.2f} (geometric means of a task), times by {errors['time, mean'].min():.2f} to {errors['time, mean'].max():.2f}. The largest single errors are {errors['steps, largest'].max():.1f} and {errors['time, largest'].max():.1f}.",
          f"The batch size called `fastest` takes {choices.ratio.min():.2f} to {choices.ratio.max():.2f} of the time of the best that was measured, geometric mean {geomean(choices.ratio):.2f}; that of bs={bs0} takes {geomean(choices.in_use):.2f}.",
-         f"By default `bs_find` takes {costs.finder.min():.2f} to {costs.finder.max():.2f} of the time of an epoch. Asked three times, its `fastest` is apart by factors of {costs.apart.min():.2g} to {costs.apart.max():.2g}: its timings are short."],
+         f"By default `bs_find` takes {costs.finder.min():.2f} to {costs.finder.max():.2f} of the time of an epoch. Asked three times, each `fastest` lies in the bands of the other two in {costs.agree.sum()} of {len(costs)} tasks."],
         [f"It is the least certain with {worst.task} ({worst.target:g}): steps are off by {worst['steps, mean']:.2f}." + (f" More than 1.5: {', '.join(f'{r.task} ({r.target:g})' for r in over.itertuples())}." if len(over) else ''),
          slowest.ratio > 1.1 and f"{slowest.fastest} is called fastest for {slowest.task} ({slowest.target:g}), which takes {slowest.ratio:.2f} of the time of {slowest.best_measured}.",
          "Whoever has the time to train at every batch size knows more: `bs_sweep` does that."],
@@ -146,7 +153,7 @@ Over the batch sizes other than {bs0}. The last three columns: the mean error in
 
 ## What finding it costs
 
-`bs_find(lr)` as it is, one epoch of batches: the time of the finder in all and of its profile as shares of one epoch of training at bs={bs0}, and the profile's part of the finder. Differences of two runs: their noise is in them. `fastest` is what it said when asked three times, `apart` the largest of these over the smallest.
+`bs_find(lr)` as it is: the time of the finder in all and of its measurements alone as shares of one epoch of training at bs={bs0}. `fastest` is what it said when asked three times, `bands` which sizes it called about as fast, `agree` whether each `fastest` lies in all of the bands.
 
 {md(costs)}
 

@@ -49,7 +49,7 @@ def floor(learn):
 
 
 def storing(learn, n_batch): learn.fit(1, lr, cbs=StoreGrads(n_batch))
-def finding(learn, n_batch, n_train=0): learn.bs_find(lr, None, n_batch, n_train=n_train, show_plot=False, profile=False)
+def finding(learn, n_batch, n_train=0): learn.bs_find(lr, len(learn.dls.train), n_batch, n_train=n_train, show_plot=False, profile=False)
 
 
 def seconds(f):

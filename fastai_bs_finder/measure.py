@@ -48,7 +48,7 @@ class BSFinder(MockCallback):
         if not isinstance(beta, Real): raise ValueError(f"beta={beta!r} is not a number in [0, 1)")
         NoiseAverage(beta)
         self.num_it,self.n_batch,self.beta,self.n_train,self.pbar = num_it,n_batch,beta,n_train,pbar
-        self.enough = lambda: ''
+        self.enough,self.open_by = lambda: '',None
         self._start()
 
     def _start(self):
@@ -82,7 +82,8 @@ def _drop_measurement(self:BSFinder):
 @patch
 def before_batch(self:BSFinder):
     if not self.spent and self.processes.size == 1: pass_parts(self.learn, self.batch_loss)
-    if not self.epoch and self.seen < (n_items(dealt_out(self.dls.train)) or math.inf): self.order_of_batches.add(self.xb, self.yb, n_examples(self.learn), partial(part_of, self.learn))
+    if not self.epoch and self.seen < (n_items(dealt_out(self.dls.train)) or math.inf):
+        self.order_of_batches.add(self.xb, self.yb, n_examples(self.learn), partial(part_of, self.learn))
     cycle = self.n_train + self.n_batch
     if not self.spent and self.num_it >= 4*cycle and self.n_iter >= cycle: self._left_to_train = self.n_train
     fits = self.n_batch <= min(self.n_iter - self.iter, self.num_it - self.spent)
@@ -199,9 +200,9 @@ def _complete(self:BSFinder, bs, loss_scale):
     self.run_facts['bs'] = int(all_bs)
     self.parts.append(np.stack([o[0] for o in self.meter.parts]))
     self.rows.append(dict(batch=self.spent + 1, step=self.steps, samples=self.seen + bs*self.processes.size, loss=loss) | self.columns())
-    if self.pbar and (comment := noise_scale_so_far(self.rows[-1])): self.pbar.comment = comment
     self.step_with(mean)
     self.why_enough = self.enough()
+    if self.pbar and (comment := noise_scale_so_far(self.rows[-1], self.open_by)): self.pbar.comment = comment
 
 @patch
 def columns(self:BSFinder) -> dict: # Of the simple noise scale, and with prefix `opt_` of the optimizer's

@@ -137,10 +137,11 @@ class Race:
         bs:int, # A batch size that took part
     ) -> int: # It, or the one with the lowest loss
         "Which size to take rather than `bs`: another one only where that is ahead beyond the noise of the losses"
-        at,first = self.sizes.index(bs),int(np.nanargmin([*self.losses, math.inf]))
-        if first == len(self.losses): return bs
-        behind = self.losses[at] - self.losses[first]
-        return bs if behind <= 2*max(self.errors[at], self.errors[first]) else self.sizes[first]
+        losses = [math.inf if math.isnan(v) else v for v in self.losses]
+        at,first = self.sizes.index(bs),int(np.argmin(losses))
+        if math.isinf(losses[at]): return bs if math.isinf(losses[first]) else self.sizes[first]
+        noise = np.max([self.errors[at], self.errors[first]])  # `nan`, which nothing is beyond, where it is not known
+        return self.sizes[first] if losses[at] - losses[first] > 2*noise else bs
 
 # %% ../nbs/21_result.ipynb #9012b2a4
 noise_columns = 'noise scale noise_scale lo hi raw_noise raw_scale'.split()

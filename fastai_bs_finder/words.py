@@ -191,7 +191,7 @@ def _as_raced(result):
 def _doubt(times, regret):
     "What another size may gain, and lose; empty where that is not much"
     best = times.time.idxmin()
-    if times.time[best]*(1 + regret) > 1: return ''
+    if times.time[best]*(1 + max(regret, .01)) > 1: return ''
     lost = f", but perhaps {as_ratio(times.worst[best])} times as long" if times.worst[best] > 1.05 else ''
     return f": bs={best} may take {as_ratio(times.time[best])} of the time{lost}"
 
@@ -232,7 +232,7 @@ def _how_sure(result, first):
     if run.enough == 'clear': text += f" After {plural(run.spent, 'batch')} the choice was clear."
     elif 'more batches' not in first:
         if run.enough == 'cost': text += " More batches would have cost more than they could save."
-        elif (open_by := times.regret[bs]) > run.regret: text += f" The choice is open by {open_by:.0%}: to learn more, {_more(result)}."
+        elif (open_by := times.regret[bs]) > max(run.regret, .005): text += f" The choice is open by {open_by:.0%}: to learn more, {_more(result)}."
     if result.race and 'a race' not in first: text += f" I{_as_raced(result)}."
     return text
 

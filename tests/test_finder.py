@@ -21,9 +21,9 @@ nan,inf = math.nan,math.inf
 
 @pytest.fixture
 def quiet():
-    "A function: run `bs_find` with no bar and no words, the measurements alone; returns the suggestion"
-    def run(learn, *args, **kwargs):
-        with learn.no_bar(), learn.no_logging(): return learn.bs_find(*args, **{'show_plot': False, 'profile': False, **kwargs})
+    "A function: run `bs_find` with no bar and no words, the measurements alone, of ten batches each; returns the suggestion"
+    def run(learn, lr=None, num_it=None, n_batch=10, *args, **kwargs):
+        with learn.no_bar(), learn.no_logging(): return learn.bs_find(lr, num_it, n_batch, *args, **{'show_plot': False, 'profile': False, **kwargs})
     return run
 
 
@@ -127,7 +127,7 @@ def test_positional_order(quiet, monkeypatch):
     assert seen['args'][:3] == (30, 6, .5) and learn.recorder.bs_result.run.lr == .05
 
 
-@pytest.mark.parametrize('num_it,batches', [(None, 94), (10, 10), (200, 200), (281, 281)])
+@pytest.mark.parametrize('num_it,batches', [(None, 200), (10, 10), (94, 94), (281, 281)])
 def test_spends_the_budget(quiet, num_it, batches):
     learn,log = digits_learner(),[]
     learn.add_cb(Spy(log))
@@ -375,7 +375,7 @@ def test_on_a_gpu_the_whole_measurement_is_left_out(quiet, as_on_a_gpu):
 
 def test_on_a_gpu_the_loss_is_checked_once_in_a_while(capsys, as_on_a_gpu):
     learn = digits_learner()
-    learn.bs_find(1e20, 60, show_plot=False)
+    learn.bs_find(1e20, 60, 10, show_plot=False)
     assert 'the loss was not finite after 20 of 60 batches' in capsys.readouterr().out
 
 
@@ -432,7 +432,7 @@ def test_stops_where_the_loss_is_not_finite(capsys):
         def after_loss(self):
             if self.train_iter == 45: self.learn.loss_grad = self.learn.loss_grad*math.nan; self.learn.loss = self.loss*math.nan
     learn = digits_learner(cbs=Explode())
-    sug = learn.bs_find(.1, 200, show_plot=False)
+    sug = learn.bs_find(.1, 200, 10, show_plot=False, regret=0)
     said = capsys.readouterr().out
     assert re.search(r'Lower lr, then ask again: the loss was not finite after \d+ of 200 batches', said)
     assert len(learn.recorder.bs_stats) == 2 and sug.critical
@@ -451,7 +451,7 @@ def test_a_callback_may_end_the_run(capsys):
         def after_batch(self):
             if self.train_iter == 65: raise CancelFitException
     learn = digits_learner(cbs=End())
-    assert learn.bs_find(.1, 200, show_plot=False).critical
+    assert learn.bs_find(.1, 200, show_plot=False, regret=0).critical
     assert 'A callback, or the end of the data, ended the training after' in capsys.readouterr().out
 
 
@@ -505,7 +505,7 @@ def test_silent_without_a_logger(quiet, capsys):
 
 def test_progress_bar(capsys):
     learn = digits_learner()
-    learn.bs_find(.1, 300, show_plot=False)
+    learn.bs_find(.1, 300, show_plot=False, regret=0)
     shown = capsys.readouterr().out
     assert '[300/300' in shown and re.search(r'noise scale \d+\]', shown) and 'Epoch' not in shown
 
@@ -525,7 +525,7 @@ def test_a_stream_is_read_as_often_as_it_takes(capsys, n, measured_at):
     "A measurement stays within one pass here too"
     learn = digits_learner()
     learn.dls.loaders[0] = endless(n)
-    learn.bs_find(.1, 100, show_plot=False)
+    learn.bs_find(.1, 100, 10, show_plot=False, regret=0)
     assert learn.recorder.bs_stats.batch.tolist() == measured_at and learn.recorder.bs_result.run.n is None
     assert ('ended each one early' in capsys.readouterr().out) == (not measured_at)
 
@@ -535,6 +535,14 @@ def test_a_stream_that_has_nothing_to_give(capsys):
     learn.dls.loaders[0] = DataLoader(type('Nothing', (torch.utils.data.IterableDataset,), dict(__iter__=lambda self: iter(())))(), bs=16)
     assert learn.bs_find(.1, 100) == (None, None)
     assert 'ended the training after 0 of 100 batches' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('n', [None, 16*24])
+def test_a_stream_has_a_bound_of_its_own(quiet, n):
+    learn = digits_learner()
+    learn.dls.loaders[0] = endless(n)
+    quiet(learn)
+    assert learn.recorder.bs_result.run.num_it == learn.recorder.bs_result.run.spent == 200
 
 
 # What counts as an example, a step and a learning rate
@@ -587,7 +595,8 @@ def no_target(learn): learn.dls.train.after_batch = lambda b: (b[0],)
     (dict(n_batch=1), None, r'n_batch=1 is not a whole number of 2 or more'),
     (dict(n_batch=2.5), None, r'n_batch=2.5 is not a whole number'),
     (dict(n_train=-1), None, r'n_train=-1 is not a whole number of 0 or more'),
-    (dict(num_it=5), None, r'num_it=5 is less than one measurement of n_batch=10 batches: raise num_it to 10 or more'),
+    (dict(num_it=5, n_batch=10), None, r'num_it=5 is less than one measurement of n_batch=10 batches: raise num_it to 10 or more'),
+    (dict(num_it=3), None, r'num_it=3 is less than one measurement of n_batch=4 batches: raise num_it to 4 or more'),
     (dict(num_it=0), None, r'num_it=0 is not a whole number'),
     (dict(num_it='all'), None, r"num_it='all' is not a whole number"),
     (dict(n_batch=100), None, r'n_batch=100 is more than the 94 batches of an epoch'),
@@ -612,7 +621,14 @@ def no_target(learn): learn.dls.train.after_batch = lambda b: (b[0],)
     ({}, lambda l: setattr(l, 'model', nn.Sequential(nn.LazyLinear(10))), r'lazy layers'),
     ({}, lambda l: l.remove_cb(l.recorder), r'no Recorder'),
     ({}, lambda l: setattr(l, 'loss_func', None), r"loss_func is None: set learn.loss_func"),
-    ({}, lambda l: l.dls.loaders.__setitem__(0, endless()), r'num_it=None stands for one epoch, but the training loader has no length: give num_it'),
+    (dict(regret=-.1), None, r'regret=-0.1 is not a share of the time of 0 or more'),
+    (dict(regret=nan), None, r'regret=nan is not a share of the time'),
+    (dict(regret=True), None, r'regret=True is not a share of the time'),
+    (dict(regret='10%'), None, r"regret='10%' is not a share of the time"),
+    (dict(regret=None), None, r'regret=None is not a share of the time'),
+    (dict(n_epoch=0), None, r'n_epoch=0 is not a whole number of 1 or more'),
+    (dict(n_epoch=2.5), None, r'n_epoch=2.5 is not a whole number'),
+    (dict(n_epoch=None), None, r'n_epoch=None is not a whole number'),
     (dict(lr=[.1, .2]), None, r'lr=\[0.1, 0.2\] has 2 values, but the optimizer has 1 parameter group: give one value, a slice, or as many as groups'),
     ({}, lambda l: setattr(l, 'opt_func', partial(OptimWrapper, opt=torch.optim.LBFGS)), r"LBFGS.step\(\) needs a closure, and fastai's fit gives it none: choose another optimizer"),
 ])

@@ -44,3 +44,41 @@ def test_the_mean_predicts_what_adding_up_step_by_step_does(B, bs, new):
 @pytest.mark.parametrize('x,n,down,want', [(0, None, False, 1), (1.4, None, False, 1), (1.5, None, False, 2), (11, None, False, 12), (11, None, True, 8), (1e6, None, False, 1048576),
                                           (1e9, 7, False, 6), (1e9, 1, False, 1), (5, 5, False, 4), (95.9, None, True, 64), (96, None, True, 96), (.2, None, True, 1)])
 def test_round_bs(x, n, down, want): assert round_bs(x, n, down) == want
+
+
+counts = st.integers(1, 10**7)
+noise_scales = st.floats(.01, 1e8) | st.just(inf)
+
+
+@given(counts, counts, st.floats(1, 100))
+def test_growth_is_that_of_the_part_still_to_come(seen, ahead, more):
+    assert growth(seen, ahead) >= 1 and growth(ahead + seen, ahead) == 1
+    assert growth(seen, ahead*more) >= growth(seen, ahead) >= growth(seen*more, ahead)
+    if ahead >= seen: assert growth(seen, ahead*1024) == pytest.approx(8*growth(seen, ahead))
+
+
+@given(counts, counts, noise_scales, st.floats(1, 1e7))
+def test_no_training_gets_shorter_than_a_schedule_or_longer_for_its_sake(bs, bs0, B, steps0):
+    found = steps_of_training(bs, bs0, B, steps0)
+    assert steps0*found >= min(steps0, 100)*(1 - 1e-9)
+    assert found in (rel_steps(bs, bs0, B), min(100/steps0, 1))
+    assert steps_of_training(bs, bs0, B) == rel_steps(bs, bs0, B)
+
+
+@given(st.integers(1, 6).flatmap(lambda k: st.lists(st.lists(st.floats(1e-3, 1e3), min_size=k, max_size=k), min_size=1, max_size=6)))
+def test_regrets_by_hand(times):
+    columns = list(zip(*times))
+    wanted = [max(t/min(c) for t,c in zip(row, columns)) - 1 for row in times]
+    assert regrets(np.array(times)) == pytest.approx(wanted)
+    assert min(wanted) >= 0 and (len(times) > 1 or wanted == [0])
+
+
+@given(st.integers(1, 200), st.floats(.001, 50), st.just(math.nan) | st.floats(.01, 2), st.floats(0, 500))
+def test_whole_epochs_lose_neither_the_loss_nor_the_time_saved(n_epoch, rel_epochs, rel_time, least):
+    found,x = whole_epochs(n_epoch, rel_epochs, rel_time, least),n_epoch*rel_epochs
+    assert type(found) is int and found >= max(1, least - 1e-5)
+    assert whole_epochs(n_epoch, 1., 1.) == n_epoch
+    if found == max(1, math.ceil(round(least, 6))): return
+    assert abs(found - x) < 1
+    if found < x - .25 - 1e-5: assert rel_time*math.ceil(x)/x > (1 + rel_time)/2   # rounding up would lose half of what is saved, or more
+    if found > x: assert math.isnan(rel_time) or rel_time*found/x <= (1 + rel_time)/2*(1 + 1e-9)

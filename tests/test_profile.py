@@ -75,11 +75,13 @@ def test_a_busy_machine_does_not_make_small_batches_slower_than_large_ones(clock
 def test_the_share_of_the_time_is_kept(clock, share):
     log,learn = [],digits_learner(cbs=Takes(.01, 1e-4))
     learn.cbs[-1].log = log.append
-    quiet(learn, .1, 400, profile=share)
+    quiet(learn, .1, 400, profile=share, regret=0, race=False)
     measuring = sum(.01 + 1e-4*b for b in log[:400])
     profile = Clock.now - measuring
-    assert .25*share*measuring < profile <= share*measuring + (.01 + 1e-4*512)
-    assert learn.recorder.bs_result.suggested['fastest'] in learn.recorder.bs_result.profile.step_time   # the answer itself was timed
+    found = learn.recorder.bs_result
+    assert 0 < profile <= share*measuring + (.01 + 1e-4*512)
+    assert found.suggested['fastest'] in found.profile.step_time   # the answer itself was timed
+    assert len(found.profile.timings) > 2 and all(len(v) >= (7 if share == 1 else 3) for v in found.profile.timings.values())   # with time for it, until eight steps agree, of which the first warms up
 
 
 def test_profile_false_takes_no_step_more(clock):
@@ -100,13 +102,13 @@ def test_a_run_too_short_says_so(clock):
 def test_times_that_are_the_same_by_chance_do_not_make_the_training_set_the_fastest_batch(clock, profile, asked):
     "Sizes are tried by steps of four times at most, and what was not tried is not suggested"
     class Busy(Callback):
-        def after_pred(self): Clock.now += .02*(len(self.yb[0]) == 16)
+        def after_pred(self): Clock.now += .02*(len(self.yb[0]) == 4)
     log = []
     learn = digits_learner(cbs=[Takes(.01, 3e-4, log), Busy])
-    sug = quiet(learn, .1, 400, profile=profile)
+    sug = quiet(learn, .1, 400, 10, profile=profile, regret=0, race=False, n_epoch=30)
     found = learn.recorder.bs_result
     timed = list(found.profile.step_time)
-    assert sug.fastest <= timed[-1] and all(b <= 4*a for a,b in zip(timed, timed[1:])) and (256 in timed) == asked
+    assert (sug.fastest or 0) <= timed[-1] and all(b <= 4*a for a,b in zip(timed, timed[1:])) and (64 in timed) == asked
     assert ('Larger batches may be faster still, but there was no time to try them: raise num_it, or profile' in str(found)) != asked
 
 
@@ -168,7 +170,7 @@ def test_a_model_for_one_batch_size_keeps_its_measurements():
     learn = digits_learner()
     learn.model,learn.dls.train.drop_last = Sixteen(),True
     assert quiet(learn, .1, 300, profile=1.).critical
-    assert re.search(r'is not known: a step with bs=\d+ fails \(shape', str(learn.recorder.bs_result))
+    assert re.search(r'Only batches of 16 examples work here, other sizes fail \(shape', str(learn.recorder.bs_result))
 
 
 class EndsEpochs(Callback):
@@ -180,7 +182,7 @@ class EndsEpochs(Callback):
 
 
 def test_epochs_that_never_get_to_a_step_end():
-    assert quiet(digits_learner(cbs=EndsEpochs(100)), .1, 200).fastest is None
+    assert quiet(digits_learner(cbs=EndsEpochs(100)), .1, 200, regret=0).fastest is None
     with pytest.raises(ValueError, match='does not make batches of another size'): digits_learner(cbs=EndsEpochs(1)).max_bs()
 
 

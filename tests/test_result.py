@@ -7,9 +7,9 @@ from fastai.learner import Recorder
 from hypothesis import given, strategies as st
 
 from fastai_bs_finder import result as result_module
-from fastai_bs_finder.predict import noiseless_mean, rel_examples, rel_steps, scale_lr
-from fastai_bs_finder.result import BSResult, NoiseScaleResult, Profile, Run, SweepResult, advised_bs, keep_result
-from fastai_bs_finder.suggest import average, critical
+from fastai_bs_finder.predict import growth, noiseless_mean, rel_examples, rel_steps, scale_lr
+from fastai_bs_finder.result import BSResult, NoiseScaleResult, Profile, Race, Run, SweepResult, advised_bs, keep_result, mean_noise_scale
+from fastai_bs_finder.suggest import average, critical, fastest
 from fastai_bs_finder.demo import digits_learner
 from results import result
 
@@ -31,6 +31,98 @@ def test_the_mean_noise_scale():
     for rows in ([(-50, 0, inf)], [(-50, nan, nan)]): assert mean(*rows) is None
 
 
+def measured(noises, scales, average=(100., 1.)):
+    "Rows of single measurements, whose averages are all the same"
+    noise,scale = average
+    return pd.DataFrame(dict(noise=noise, scale=scale, noise_scale=noise/scale, lo=nan, hi=nan, raw_noise=noises, raw_scale=scales))
+
+
+def test_the_mean_noise_scale_is_of_single_measurements():
+    "Not of averages, which go along with each other; each counts as much as the others, however long its gradient"
+    assert mean_noise_scale(measured([90, 100, 110, 100], [1, 1, 1, 1]), 64)[0] == pytest.approx(100)
+    B,lo,hi = mean_noise_scale(measured([90, 100, 110, 100, 95, 105], [.8, 1, 1.2, .9, 1.1, 1]), 64)
+    assert B == pytest.approx(100) and 60 < lo < B < hi < 160
+    shrinking = measured([100, 100, 100, 100], [4, 4, 1, 1]).assign(noise=[100, 100, 25, 25], scale=[4, 4, 1, 1], raw_noise=[100, 100, 25, 25])
+    assert mean_noise_scale(shrinking, 64)[0] == pytest.approx(25)
+    open_end = mean_noise_scale(measured([100]*6, [.5, 2, -1, 1.5, .1, -.3]), 64)
+    assert open_end[2] == inf and 0 < open_end[1] <= open_end[0] <= 4*open_end[1]
+    assert mean_noise_scale(measured([90, 100], [1, 1]), 64) == pytest.approx((100, 100, 100))   # too few: the averages
+
+
+def test_the_noise_scale_of_the_training_to_come():
+    r = result(*known, n=50_000, n_epoch=10, spent=200)
+    assert r.noise_scale_ahead == pytest.approx([B*growth(200*64, 500_000) for B in r.mean_noise_scale]) and r.noise_scale_ahead[0] > 2*r.mean_noise_scale[0]
+    assert r.changed(measured_bs=16).noise_scale_ahead[0] > r.noise_scale_ahead[0]   # then it has seen less
+    for facts in (dict(n=None), dict(spent=10**6), dict(spent=0)): assert (s := r.changed(**facts)).noise_scale_ahead == pytest.approx(s.mean_noise_scale)
+    assert r.changed(alike=True).noise_scale_ahead is None
+
+
+@st.composite
+def trainings(draw):
+    "Results with times, of trainings short and long"
+    B,lo,hi,bs = draw(st.floats(1, 1e5)),draw(st.floats(.05, 1)),draw(st.floats(1, 20) | st.just(inf)),draw(st.sampled_from([1, 16, 50, 64, 512]))
+    overhead,cost = draw(st.floats(1e-5, .1)),draw(st.floats(1e-7, 1e-3))
+    return result(*[(B, B*lo, B*hi)]*3, bs=bs, n=draw(st.none() | st.integers(bs, 10**6)), n_epoch=draw(st.integers(1, 50)), spent=draw(st.sampled_from([60, 10**6])),
+                  lr_given=draw(st.floats(1e-4, 1)), opt=draw(st.sampled_from(['sgd', 'adam'])), max_bs=draw(st.none() | st.integers(bs, 10**5)),
+                  step_time={b: overhead + cost*b for b in {max(bs//4, 1), bs, 4*bs}} if draw(st.booleans()) or bs == 1 else {})
+
+
+@given(trainings())
+def test_the_band_holds_the_shortest_time(r):
+    times = r.times()
+    if times is None:
+        assert r.band is None and not r.profile.step_time
+        return
+    lo,hi = r.band
+    assert lo <= times.time.idxmin() <= hi and times.time[lo] <= 1.05*times.time.min() and times.time[hi] <= 1.05*times.time.min()
+    assert times.time[r.run.bs] == pytest.approx(1) and (times.worst >= times.time - 1e-9).all() and (times.regret >= 0).all()
+    assert (times.regret + 1 >= times.time/times.time.min() - 1e-9).all() and times.index.max() <= max(*r.profile.step_time, r.run.bs)
+    assert all(b <= (r.largest or inf) for b in times.index if b != r.run.bs)
+
+
+@given(trainings(), st.none() | st.integers(1, 40), st.sampled_from([1, 8, 32, 96, 768, 4096]))
+def test_a_plan_is_a_training_of_as_much_use(r, n_epoch, bs):
+    epochs,run = n_epoch or r.run.n_epoch,r.run
+    assert r.plan(run.bs, n_epoch)[:2] == (epochs, run.lr_given)
+    if r.step_time: assert r.plan(run.bs, n_epoch)[2] == pytest.approx(1)
+    found,lr,time = r.plan(bs, n_epoch)
+    assert type(found) is int and found >= 1 and lr == r.at_bs(bs)['lr']
+    if run.n: assert found*max(run.n/bs, 1) >= min(100, epochs*run.n/run.bs)*(1 - 1e-5)
+    if r.step_time: assert time == pytest.approx(found/epochs*run.bs/bs*r.at_bs(bs)['time']/r.at_bs(bs)['steps'])
+    assert math.isnan(time) == (r.step_time is None)
+
+
+def test_no_plan_without_a_noise_scale(): assert result((-50, 0, inf)).plan(128) is result().plan(64) is None
+
+
+@pytest.mark.parametrize('losses,errors,bs,winner', [
+    ([.5, .4], [0, .01], 256, 256), ([.4, .5], [0, .01], 256, 64), ([.4, .41], [0, .01], 256, 256),   # within the noise there is no winner
+    ([.4, .41], [0, .01], 64, 64), ([.5, .4], [0, .01], 64, 256), ([.5, .4, .3], [0, .01, .01], 256, 512), ([.5, .4, .39], [0, .01, .01], 256, 256),
+    ([.4, nan], [0, nan], 256, 64), ([nan, nan], [nan, nan], 256, 256), ([.4, inf], [0, nan], 256, 64), ([nan, .4], [nan, nan], 64, 256),
+    ([.4, .5], [0, nan], 256, 256)])   # from a single batch there is no telling what is noise
+def test_who_is_ahead_in_a_race(losses, errors, bs, winner):
+    sizes = [64, 256, 512][:len(losses)]
+    race = Race(sizes, [30, 10, 5][:len(losses)], 1., losses, errors)
+    assert race.winner(bs) == winner
+    r = result(*[(1e4, 9e3, 1.1e4)]*3, step_time={64: .01, 256: .0101})
+    assert fastest(r) == 256
+    if bs == 256: assert fastest(r.changed(race=race)) == winner
+
+
+def test_a_race_survives_a_file(tmp_path):
+    r = result(*known).changed(race=Race([64, 256], [30, 10], 1.5, [.5, .4], [0, .01]))
+    r.to_csv(tmp_path/'result.csv')
+    assert BSResult.from_csv(tmp_path/'result.csv').race == r.race
+
+
+def test_times_that_are_scattered_are_said_to_be():
+    assert Profile(timings={64: [1.]*10}).unsteady == Profile(timings={64: [1, 5, 9]}).unsteady == Profile().unsteady == 0
+    few,many = ([1., 2.]*n for n in (4, 16))
+    assert Profile(timings={64: few}).unsteady == pytest.approx(2*Profile(timings={64: many}).unsteady, rel=.2)
+    assert Profile(timings={64: few}).unsteady > .2
+    assert Profile(timings={64: [1.]*10, 256: few}).unsteady == Profile(timings={256: few}).unsteady
+
+
 def test_the_optimizers_metric_is_used_where_it_was_measured():
     both = result((100, 90, 110), (100, 90, 110), opt_rows=[(nan, nan, nan), (400, 390, 410)])
     assert both.mean_noise_scale[0] == pytest.approx(400) and critical(both) == 384 and average(both) == 384
@@ -42,7 +134,7 @@ def test_the_optimizers_metric_is_used_where_it_was_measured():
 
 def test_the_table():
     s = result(*known, step_time=linear, max_bs=3000)
-    t,(B,lo,hi) = s.table,s.mean_noise_scale
+    t,(B,lo,hi) = s.table,s.noise_scale_ahead
     assert type(t) is pd.DataFrame and t is s.table   # computed once
     assert list(t.columns[:7]) == 'steps examples epochs time sec_per_epoch lr fits'.split() and t.index.name == 'bs'
     assert t.index.is_monotonic_increasing and t.index[-1] == 49152 and t.index[0] == 8 and set(t.index) - {2**i for i in range(17)} == {3*2**i for i in range(2, 15)}
@@ -66,11 +158,11 @@ def test_the_table_of_little():
 
 def test_a_suggestion_that_is_no_round_number_has_a_row():
     r = result(*known, suggested=dict(mine=55, odd=nan, none=None))
-    assert r.table.steps[55] == r.at_bs(55)['steps'] == pytest.approx(rel_steps(55, 64, r.mean_noise_scale[0]))
+    assert r.table.steps[55] == r.at_bs(55)['steps'] == pytest.approx(rel_steps(55, 64, r.noise_scale_ahead[0]))
 
 
 @pytest.mark.parametrize('suggested,advised', [
-    (dict(critical=192, fastest=64), 64), (dict(critical=192, fastest=None), 192), (dict(mine=55), 55), (dict(words='many', none=None, mine=np.int64(48)), 48),
+    (dict(critical=192, fastest=64), 64), (dict(critical=192, fastest=None), None), (dict(mine=55, critical=192), 192), (dict(mine=55), 55), (dict(words='many', none=None, mine=np.int64(48)), 48),
     (dict(half=.5, nan=nan, inf=inf), None), (dict(whole=64.), 64), (dict(yes=True), None), ({}, None)])
 def test_the_advice_of_several_suggestions(suggested, advised): assert advised_bs(suggested) == advised and result(*known, suggested=suggested).advised == advised
 
