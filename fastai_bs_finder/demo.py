@@ -36,7 +36,7 @@ def _parser():
                             "print the answer and save the picture.")
     p.add_argument('--lr', type=float, default=.1, help='learning rate of the mock training (SGD)')
     p.add_argument('--bs', type=int, default=16, help='batch size in use')
-    p.add_argument('--num-it', type=int, default=1000, help='number of batches to spend')
+    p.add_argument('--num-it', type=int, default=1000, help='number of batches to spend at most')
     p.add_argument('--n-batch', type=int, default=10, help='number of batches per measurement, 2 or more')
     p.add_argument('--beta', type=float, default=.9, help='EMA factor over measurements, in [0, 1)')
     p.add_argument('--seed', type=int, default=0, help='seed of the weights and of the order of the batches')
