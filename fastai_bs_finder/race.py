@@ -93,7 +93,7 @@ _n_eval,_eval_bs,_looks = 512,64,(.5, .75, 1.)
 def _standing(sizes, steps, seconds, losses):
     "The race as it stands, from the losses by size, look and batch"
     x = np.stack(losses)
-    d = x - x[:1]
+    d = np.minimum(x - x[:1], np.ptp(x[0]))  # so that a loss that runs away is not taken for noise
     errors = np.sqrt(d.mean(1).var(1, ddof=1)/d.shape[2] + d.mean(2).var(1, ddof=1)/d.shape[1])
     return Race(list(sizes), steps, seconds, [float(v) for v in x.mean((1, 2))], [float(v) for v in errors])
 

@@ -227,7 +227,7 @@ class BSResult(Result):
         if run.lr == 0: return 'lr'
         if not len(self) or 'loss' not in self.stats: return ''
         first,last = self.stats.loss.iloc[0] if math.isnan(run.first_loss) else run.first_loss,self.stats.loss.iloc[-1]
-        return 'rose' if last - first > abs(first) else ''
+        return 'rose' if last - first > abs(first) and not run.alike else ''  # data that are in order may get harder
 
     @cached_property
     def mean_noise_scale(self) -> tuple|None:

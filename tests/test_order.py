@@ -68,7 +68,7 @@ def alike(x, y, bs=16, shuffle=False, kind=torch_data.DataLoader, num_it=None, n
     result = learn.recorder.bs_result
     if result.run.alike:
         assert set(sug) == {None} and result.table is None and result.advised is None
-        assert str(result).startswith('The training loader does not draw its batches at random') and 'interval' not in str(result)
+        assert str(result).startswith('Shuffle the training data, then ask again: the training loader does not draw its batches at random') and 'interval' not in str(result)
     return result.run.alike
 
 
