@@ -66,17 +66,17 @@ def profile_learner(
     result = result.changed(**known, **sizes)
     end = max(end, time.perf_counter() + budget/2)  # whatever that took
 
-    result = _timed(learn, result, [bs, max(bs//4, 1)], .7*(end - time.perf_counter()))
+    result = _timed(learn, result, [bs, max(bs//4, 1)], .7*(end - time.perf_counter()), again=True)
     if len(result.profile.step_time) < 2 and result.profile.trouble in ('', 'failed'): result = _timed(learn, result, [2*bs], end - time.perf_counter())
     if result.profile.capped and not result.profile.min_bs and bs > 1: result = _timed(learn, result, [max(bs//2, 1)], math.inf)
     if len(result.profile.step_time) < 2: return result.changed(trouble=result.profile.trouble or ('failed' if result.profile.capped else 'short'))
     return time_the_best(learn, result.changed(trouble=''), end - time.perf_counter())
 
-def _timed(learn, result, sizes, seconds):
-    "Time those of `sizes` that are not timed yet, and should work"
+def _timed(learn, result, sizes, seconds, again=False):
+    "Time those of `sizes` that should work, and are not timed yet"
     known = result.profile
     most = min(result.run.n or math.inf, known.failed - 1 if known.capped else known.max_bs or math.inf)
-    sizes = [b for b in sizes if b not in known.step_time and b <= most]
+    sizes = [b for b in sizes if (again or b not in known.step_time) and b <= most]
     return result.changed(profile=profile_steps(learn, sizes, seconds, known))
 
 def time_the_best(
@@ -187,18 +187,21 @@ class _Search:
             here = Snapshot(self.learn, [cb])
             try: self.result = profile(self.learn, self.result, budget=budget)
             finally: here.restore()
+            self.processes.barrier()
+            self.result = self.processes.first(self.result)
             why = cb.why_enough if cb.why_enough != 'pause' else why_enough(self.result, self.n_epoch_it)
             if why or not cb.why_enough or self.result.hindrance: break
             profile,self.profile = time_the_best,self.result.profile
             cb.enough = self._enough
             self._fit()
-            self.result = self._so_far()
+            self.processes.barrier()
+            self.result = self.processes.first(self._so_far())
         self.result = self.result.changed(enough=why)
 
     def _enough(self):
         result = self._so_far()
         self.cb.open_by = open_by(result)
-        return why_enough(result, self.n_epoch_it)
+        return self.processes.first(why_enough(result, self.n_epoch_it))  # the measurement was a meeting
 
     def race(self, least):
         "Let the suggestion and the size in use train for the same time, `least` seconds or more"

@@ -6,7 +6,7 @@
 __all__ = ['profile_steps']
 
 # %% ../nbs/40_profile.ipynb #85f41ebc
-import time
+import math, time
 from collections.abc import Iterable
 from statistics import median
 
@@ -64,7 +64,9 @@ def profile_steps(
         if max(steps.sizes, default=size) != size:
             new = dict(trouble='ignored')
             break
-        if seconds := _seconds_of_steps(steps, size): found[bs],timings[bs] = median(seconds),seconds
+        if seconds := _seconds_of_steps(steps, size):
+            found[bs] = min(found.get(bs, math.inf), median(seconds))  # what else a machine does only adds to it
+            timings[bs] = timings.get(bs, []) + seconds
     rising = pd.Series(found, dtype=float).sort_index()[::-1].cummin()[::-1].to_dict()
     facts = vars(known) | new | dict(step_time=rising, timings=timings)
     if facts['capped']: facts['max_bs'] = max((b for b in found if b < facts['failed']), default=known.max_bs)
