@@ -16,6 +16,7 @@ from textwrap import fill
 import pandas as pd
 from fastcore.basics import patch
 from fastai.imports import noop
+from .predict import least_steps
 from .result import BSResult, NoiseScaleResult, SweepResult, advised_bs
 
 # %% ../nbs/32_words.ipynb #20f74503
@@ -197,13 +198,15 @@ def _doubt(times, regret):
 
 def _why_stay(result):
     "Why the size in use is the best"
-    bs0,times = result.run.bs,result.times()
-    stay = f"Stay with {as_size(bs0, result.run.processes)}"
+    run,bs0,times = result.run,result.run.bs,result.times()
+    stay = f"Stay with {as_size(bs0, run.processes)}"
     if result.suggested.get('fastest') != bs0 or times is None: return f"{stay}."
     if result.race and any(result.race.winner(bs) == bs0 for bs in result.race.sizes[1:]): return f"{stay}: i{_as_raced(result)}."
     best = times.time.idxmin()
-    if doubt := _doubt(times, result.run.regret): return _stay(result, doubt)
-    return f"{stay}: no other batch size should be much faster here{f' (bs={best}: {as_ratio(times.time[best])} of the time)' if best != bs0 else ''}."
+    if doubt := _doubt(times, run.regret): return _stay(result, doubt)
+    steps = run.n_epoch*run.n/run.bs if run.n else math.inf
+    where = "here" if steps > 2*least_steps else f"in a training of {as_number(steps)} steps, of which a schedule needs {least_steps}"
+    return f"{stay}: no other batch size should be much faster {where}{f' (bs={best}: {as_ratio(times.time[best])} of the time)' if best != bs0 else ''}."
 
 def _what_to_do(result):
     "The first line"
