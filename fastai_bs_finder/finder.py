@@ -68,9 +68,12 @@ def profile_learner(
 
     result = _timed(learn, result, [bs, max(bs//4, 1)], .7*(end - time.perf_counter()), again=True)
     if len(result.profile.step_time) < 2 and result.profile.trouble in ('', 'failed'): result = _timed(learn, result, [2*bs], end - time.perf_counter())
+    if result.profile.unsteady > _wobbly and max(result.profile.step_time, default=0) <= bs: result = _timed(learn, result, [2*bs], end - time.perf_counter())
     if result.profile.capped and not result.profile.min_bs and bs > 1: result = _timed(learn, result, [max(bs//2, 1)], math.inf)
     if len(result.profile.step_time) < 2: return result.changed(trouble=result.profile.trouble or ('failed' if result.profile.capped else 'short'))
     return time_the_best(learn, result.changed(trouble=''), end - time.perf_counter())
+
+_wobbly = .05  # standard error of a step time from which on a line through two smaller sizes does not tell what a larger one takes
 
 def _timed(learn, result, sizes, seconds, again=False):
     "Time those of `sizes` that should work, and are not timed yet"

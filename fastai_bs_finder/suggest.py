@@ -10,7 +10,7 @@ import math
 
 from fastcore.basics import mk_class
 from .predict import round_bs
-from .result import BSResult
+from .result import BSResult, too_unsteady
 
 # %% ../nbs/31_suggest.ipynb #362765d6
 def _rounded(result, x, down=False):
@@ -58,7 +58,9 @@ def fastest(
         clear = near[near.regret < result.run.regret]
         best = min(clear.index, key=lambda bs: abs(math.log(bs/bs0))) if len(clear) else near.regret.idxmin()
     if best == bs0 and times.regret[best] > _too_open: return
-    return result.race.winner(int(best)) if result.race and best in result.race.sizes else int(best)
+    raced = result.race and best in result.race.sizes  # which does not go by times
+    if best != bs0 and result.profile.unsteady > too_unsteady and not raced: return
+    return result.race.winner(int(best)) if raced else int(best)
 
 def open_by(
     result:BSResult, # The result of a mock training: `learn.recorder.bs_result`

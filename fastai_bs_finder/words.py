@@ -17,7 +17,7 @@ import pandas as pd
 from fastcore.basics import patch
 from fastai.imports import noop
 from .predict import least_steps
-from .result import BSResult, NoiseScaleResult, SweepResult, advised_bs
+from .result import BSResult, NoiseScaleResult, SweepResult, advised_bs, too_unsteady
 
 # %% ../nbs/32_words.ipynb #20f74503
 def as_number(
@@ -175,7 +175,9 @@ def _about_right(result, bs):
 def _without_times(result, bs, how):
     "What a batch size gains in steps"
     size = as_size(result.run.bs, result.run.processes)
-    if not _about_right(result, bs): return _train(result, bs, how)
+    if not _about_right(result, bs):
+        row,(epochs,*_) = result.at_bs(bs),result.plan(bs)
+        return _train(result, bs, how) if epochs <= 2*result.run.n_epoch*row['epochs'] else f"Stay with {size}: a training with bs={bs} would have too few steps."
     last,run,profile = result.in_use.iloc[-1],result.run,result.profile
     if last.hi == math.inf: return _stay(result)
     if last.noise_scale > 1.5*run.bs and result.largest:
@@ -240,15 +242,14 @@ def _how_sure(result, first):
     return text
 
 # %% ../nbs/32_words.ipynb #6939ca58
-troubles = {'short': "the run is too short to try them, raise num_it, or profile", 'ignored': "the training loader does not take another batch size",
+troubles = {'short': "there was no time to try them, ask again with profile=2", 'ignored': "the training loader does not take another batch size",
             'failed': "a step with bs={bs} fails ({error})"}
 _small_bs = 32  # from here on the noise scale of a model with batch-norm changes little with the batch size
 _uneven = .7  # from here on the noise scale comes out a good deal too small
-_unsteady = .2  # from here on times are not to be trusted
 
 def _about_times(result):
     profile,race = result.profile,result.race
-    if profile.unsteady > _unsteady and not (race and result.advised in race.sizes):  # a race does not go by times
+    if profile.unsteady > too_unsteady and not (race and result.advised in race.sizes):  # a race does not go by times
         return f"Step times are known within {profile.unsteady:.0%} only: other programs may be running; ask again when they are not."
     if profile.trouble and not profile.unfit:
         return ("How fast other batch sizes are on this machine is not known: "
@@ -296,7 +297,7 @@ def _limit(result):
 
 def _could_be_known(result):
     profile = result.profile
-    if profile.cut_short: return "Larger batches may be faster still, but there was no time to try them: raise num_it, or profile."
+    if profile.cut_short: return "Larger batches may be faster still, but there was no time to try them: ask again with profile=2."
     if profile.no_memory and not profile.trouble: return f"What fits in memory is not known: {profile.no_memory}."
 
 def _what_else(result):

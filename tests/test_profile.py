@@ -109,7 +109,7 @@ def test_times_that_are_the_same_by_chance_do_not_make_the_training_set_the_fast
     found = learn.recorder.bs_result
     timed = list(found.profile.step_time)
     assert (sug.fastest or 0) <= timed[-1] and all(b <= 4*a for a,b in zip(timed, timed[1:])) and (64 in timed) == asked
-    assert ('Larger batches may be faster still, but there was no time to try them: raise num_it, or profile' in str(found)) != asked
+    assert ('Larger batches may be faster still, but there was no time to try them: ask again with profile=2' in str(found)) != asked
 
 
 @pytest.mark.parametrize('profile', ['yes', -1, math.nan, math.inf, None])

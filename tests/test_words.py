@@ -88,7 +88,7 @@ def test_of_the_noise_scale(found, bs, words):
     (result(*known, max_bs=200), "A larger batch would do, but only about 200 examples fit in memory: accumulate the gradients of several, as set_bs does."),
     (result(*known, bs=16, capped=True, max_bs=16, min_bs=16, unfit='shape'), "Stay with bs=16: no larger batch works in one piece.\n"),
     (result(*known, bs=16, capped=True, max_bs=16, min_bs=16, unfit='shape'), "\nOnly batches of 16 examples work here, other sizes fail (shape)"),
-    (result(*known, step_time=linear, cut_short=True), "Larger batches may be faster still, but there was no time to try them: raise num_it, or profile."),
+    (result(*known, step_time=linear, cut_short=True), "Larger batches may be faster still, but there was no time to try them: ask again with profile=2."),
     (result(*known, step_time=linear, timings={64: [1, 1, 2, 2., 2.5, 3]}, cut_short=True), "\nStep times are known within 21% only: other programs may be running; ask again when they are not."),
     (result(*known, step_time=linear, lr_given=slice(.01, .1)), "at lr≈slice(0.023, 0.23) for"),
     (result(*known, step_time=linear, loss='sum'), "at lr≈0.078 for 4 epochs instead of 3"),
@@ -109,8 +109,8 @@ def test_a_number_that_is_no_advice_is_said_too(facts): assert '\nThe noise scal
 
 
 def test_steps_are_those_of_the_plan():
-    "13 epochs of 8 steps, of a hundred at least, instead of 3 of 94"
-    assert str(small(*known, suggested=dict(mine=192))).startswith('Train with bs=192 at lr≈0.84 for 13 epochs instead of 3: about 0.36 of the steps of bs=16.')
+    "A hundred at least, which here are more than twice as many epochs as the size is worth"
+    assert str(small(*known, suggested=dict(mine=192))).startswith('Stay with bs=16: a training with bs=192 would have too few steps.')
 
 
 def test_of_several_processes():
@@ -149,7 +149,7 @@ def test_sentence_tuple_picture_and_set_bs_name_the_same_size(found):
     assert first.startswith(imperatives) and len(more) <= 2 and not any(l.startswith(imperatives) for l in more), said
     assert all(l.endswith('.') for l in (first, *more)) and 'nan' not in said and 'inf' not in said and '..' not in said, said
     trained = [int(v) for v in re.findall(r'Train with bs=(\d+)', first)]
-    assert trained == [advised] if trained else advised in (None, bs0) or 'Choose' in first or 'for now' in first or found.suggested.get('critical') == advised, said
+    assert trained == [advised] if trained else advised in (None, bs0) or 'Choose' in first or 'for now' in first or 'too few steps' in first or found.suggested.get('critical') == advised, said
     if 'fastest' in found.suggested and first.startswith('Stay') and found.in_use.hi.iloc[-1] > 0: assert advised in (None, bs0) or found.step_time is None, said
     fig,axs = plt.subplots(1, 2)
     recorder = Recorder()
