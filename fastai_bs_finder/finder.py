@@ -66,7 +66,8 @@ def profile_learner(
     result = result.changed(**known, **sizes)
     end = max(end, time.perf_counter() + budget/2)  # whatever that took
 
-    result = _timed(learn, result, [bs, max(bs//4, 1)], .7*(end - time.perf_counter()), again=True)
+    two = [bs, max(bs//4, 1)][::-1 if bs in result.profile.step_time else 1]  # what is not known at all comes first
+    result = _timed(learn, result, two, .7*(end - time.perf_counter()), again=True)
     if len(result.profile.step_time) < 2 and result.profile.trouble in ('', 'failed'): result = _timed(learn, result, [2*bs], end - time.perf_counter())
     if result.profile.unsteady > _wobbly and max(result.profile.step_time, default=0) <= bs: result = _timed(learn, result, [2*bs], end - time.perf_counter())
     if result.profile.capped and not result.profile.min_bs and bs > 1: result = _timed(learn, result, [max(bs//2, 1)], math.inf)

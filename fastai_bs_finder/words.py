@@ -176,8 +176,8 @@ def _without_times(result, bs, how):
     "What a batch size gains in steps"
     size = as_size(result.run.bs, result.run.processes)
     if not _about_right(result, bs):
-        row,(epochs,*_) = result.at_bs(bs),result.plan(bs)
-        return _train(result, bs, how) if epochs <= 2*result.run.n_epoch*row['epochs'] else f"Stay with {size}: a training with bs={bs} would have too few steps."
+        if result.plan(bs)[0] <= 2*result.run.n_epoch*result.at_bs(bs)['epochs']: return _train(result, bs, how)
+        return f"Stay with {size}: a training with {as_size(bs, result.run.processes)} would have too few steps."
     last,run,profile = result.in_use.iloc[-1],result.run,result.profile
     if last.hi == math.inf: return _stay(result)
     if last.noise_scale > 1.5*run.bs and result.largest:

@@ -31,7 +31,7 @@ def test_finds_a_batch_size_and_saves_the_picture(tmp_path):
 
 def test_options(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr('fastai_bs_finder.finder._why_enough', lambda *args: '')   # which depends on the times of steps
+    monkeypatch.setattr('fastai_bs_finder.finder.why_enough', lambda *args: '')   # which depends on the times of steps
     found = []
     for _ in range(2):
         assert main('--lr .05 --bs 32 --num-it 100 --n-batch 5 --beta .5 --seed 3 --out other.pdf'.split()) == 0

@@ -134,11 +134,11 @@ def test_all_stop_at_the_same_measurement(says, tmp_path):
     "As rank 0 has it, whatever the others think later on"
     def f(learn, rank):
         from fastai_bs_finder import finder
-        why = finder._why_enough
-        if rank: finder._why_enough = lambda result, n_epoch_it: says if len(result) > 6 else ''
-        else: finder._why_enough = lambda result, n_epoch_it: 'clear' if len(result) >= 9 else ''
+        why = finder.why_enough
+        if rank: finder.why_enough = lambda result, n_epoch_it: says if len(result) > 6 else ''
+        else: finder.why_enough = lambda result, n_epoch_it: 'clear' if len(result) >= 9 else ''
         try: return find(learn, rank, lr=.05, n_batch=2, n_train=1, profile=1.)
-        finally: finder._why_enough = why
+        finally: finder.why_enough = why
     ranks = run_processes(tmp_path, 2, lambda rank: together(rank, f, shuffle=True))
     assert repr(ranks[0]) == repr(ranks[1]) and not ranks[0][1] and ranks[0][2]
     found = ranks[0][0]

@@ -95,7 +95,7 @@ def test_profile_false_takes_no_step_more(clock):
 def test_a_run_too_short_says_so(clock):
     learn = digits_learner(cbs=Takes(.01, 1e-4))
     assert quiet(learn, .1, 60, profile=.01).fastest is None
-    assert 'the run is too short to try them' in str(learn.recorder.bs_result)
+    assert 'there was no time to try them' in str(learn.recorder.bs_result)
 
 
 @pytest.mark.parametrize('profile,asked', [(.03, False), (1., True)])
