@@ -123,6 +123,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'fastai_bs_finder/finder.py'),
                                          'fastai_bs_finder.finder._alike': ('finder.html#_alike', 'fastai_bs_finder/finder.py'),
                                          'fastai_bs_finder.finder._keep': ('finder.html#_keep', 'fastai_bs_finder/finder.py'),
+                                         'fastai_bs_finder.finder._most': ('finder.html#_most', 'fastai_bs_finder/finder.py'),
                                          'fastai_bs_finder.finder._one_more': ('finder.html#_one_more', 'fastai_bs_finder/finder.py'),
                                          'fastai_bs_finder.finder._size_to_measure': ( 'finder.html#_size_to_measure',
                                                                                        'fastai_bs_finder/finder.py'),

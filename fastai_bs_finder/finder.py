@@ -36,7 +36,7 @@ from .words import bs_summary, say
 import fastai_bs_finder.plot
 
 # %% ../nbs/50_finder.ipynb #7dc29468
-least_profile = 1.  # seconds
+least_profile,_small_bs = 1.,64  # seconds; a batch size up to which larger ones cost little
 
 def _sizes_that_work(learn, bs, seconds, processes):
     "What fits in memory, or why it is not known, and which sizes fail for another reason: fields of a `Profile`"
@@ -66,20 +66,24 @@ def profile_learner(
     result = result.changed(**known, **sizes)
     end = max(end, time.perf_counter() + budget/2)  # whatever that took
 
-    two = [bs, max(bs//4, 1)][::-1 if bs in result.profile.step_time else 1]  # what is not known at all comes first
+    other = 4*bs if bs <= _small_bs//4 else 2*bs if bs <= _small_bs else bs//4  # of the sizes that matter, one that takes little
+    if other > _most(result): other = max(bs//2, 1)
+    two = [bs, other][::-1 if bs in result.profile.step_time else 1]  # what is not known at all comes first
     result = _timed(learn, result, two, .7*(end - time.perf_counter()), again=True)
-    if len(result.profile.step_time) < 2 and result.profile.trouble in ('', 'failed'): result = _timed(learn, result, [2*bs], end - time.perf_counter())
-    if result.profile.unsteady > _wobbly and max(result.profile.step_time, default=0) <= bs: result = _timed(learn, result, [2*bs], end - time.perf_counter())
+    if len(result.profile.step_time) < 2 and result.profile.trouble in ('', 'failed'):
+        result = _timed(learn, result, [2*bs if other < bs else max(bs//2, 1)], end - time.perf_counter())
     if result.profile.capped and not result.profile.min_bs and bs > 1: result = _timed(learn, result, [max(bs//2, 1)], math.inf)
     if len(result.profile.step_time) < 2: return result.changed(trouble=result.profile.trouble or ('failed' if result.profile.capped else 'short'))
     return time_the_best(learn, result.changed(trouble=''), end - time.perf_counter())
 
-_wobbly = .05  # standard error of a step time from which on a line through two smaller sizes does not tell what a larger one takes
+def _most(result):
+    "The largest batch size there may be"
+    known = result.profile
+    return min(result.run.n or math.inf, known.failed - 1 if known.capped else known.max_bs or math.inf)
 
 def _timed(learn, result, sizes, seconds, again=False):
     "Time those of `sizes` that should work, and are not timed yet"
-    known = result.profile
-    most = min(result.run.n or math.inf, known.failed - 1 if known.capped else known.max_bs or math.inf)
+    known,most = result.profile,_most(result)
     sizes = [b for b in sizes if (again or b not in known.step_time) and b <= most]
     return result.changed(profile=profile_steps(learn, sizes, seconds, known))
 
@@ -110,7 +114,7 @@ def _alike(learn, cb, n_epoch_it):
 
 # %% ../nbs/50_finder.ipynb #45335ffd
 least_measurements,least_bound = 6,200
-_least_n_batch,_most_n_batch,_small_bs,_cheap = 4,10,64,.07  # that part of a training is cheap
+_least_n_batch,_most_n_batch,_cheap = 4,10,.07  # that part of a training is cheap
 _expected = .06  # part of the most that a better choice could save
 
 def default_n_batch(
