@@ -10,7 +10,7 @@ import math
 
 from fastcore.basics import mk_class
 from .predict import round_bs
-from .result import BSResult, too_unsteady
+from .result import BSResult
 
 # %% ../nbs/31_suggest.ipynb #362765d6
 def _rounded(result, x, down=False):
@@ -59,7 +59,7 @@ def fastest(
         best = min(clear.index, key=lambda bs: abs(math.log(bs/bs0))) if len(clear) else near.regret.idxmin()
     if best == bs0 and times.regret[best] > _too_open: return
     raced = result.race and best in result.race.sizes  # which does not go by times
-    if best != bs0 and result.profile.unsteady > too_unsteady and not raced: return
+    if best != bs0 and not raced and times.time[best]*(1 + 2*result.profile.unsteady) > 1: return  # the gain may be one of timing
     return result.race.winner(int(best)) if raced else int(best)
 
 def open_by(

@@ -17,7 +17,7 @@ import pandas as pd
 from fastcore.basics import patch
 from fastai.imports import noop
 from .predict import least_steps
-from .result import BSResult, NoiseScaleResult, SweepResult, advised_bs, too_unsteady
+from .result import BSResult, NoiseScaleResult, SweepResult, advised_bs
 
 # %% ../nbs/32_words.ipynb #20f74503
 def as_number(
@@ -245,11 +245,12 @@ def _how_sure(result, first):
 troubles = {'short': "there was no time to try them, ask again with profile=2", 'ignored': "the training loader does not take another batch size",
             'failed': "a step with bs={bs} fails ({error})"}
 _small_bs = 32  # from here on the noise scale of a model with batch-norm changes little with the batch size
+_unsteady = .2  # from here on times are not to be trusted
 _uneven = .7  # from here on the noise scale comes out a good deal too small
 
 def _about_times(result):
     profile,race = result.profile,result.race
-    if profile.unsteady > too_unsteady and not (race and result.advised in race.sizes):  # a race does not go by times
+    if profile.unsteady > _unsteady and not (race and result.advised in race.sizes):  # a race does not go by times
         return f"Step times are known within {profile.unsteady:.0%} only: other programs may be running; ask again when they are not."
     if profile.trouble and not profile.unfit:
         return ("How fast other batch sizes are on this machine is not known: "

@@ -81,7 +81,7 @@ def test_the_share_of_the_time_is_kept(clock, share):
     found = learn.recorder.bs_result
     assert 0 < profile <= share*measuring + (.01 + 1e-4*512)
     assert found.suggested['fastest'] in found.profile.step_time   # the answer itself was timed
-    assert len(found.profile.timings) > 2 and all(len(v) >= (7 if share == 1 else 3) for v in found.profile.timings.values())   # with time for it, until eight steps agree, of which the first warms up
+    assert len(found.profile.timings) > 1 and all(len(v) >= (7 if share == 1 else 3) for v in found.profile.timings.values())   # with time for it, until eight steps agree, of which the first warms up
 
 
 def test_profile_false_takes_no_step_more(clock):
@@ -109,7 +109,7 @@ def test_times_that_are_the_same_by_chance_do_not_make_the_training_set_the_fast
     found = learn.recorder.bs_result
     timed = list(found.profile.step_time)
     assert (sug.fastest or 0) <= timed[-1] and all(b <= 4*a for a,b in zip(timed, timed[1:])) and (64 in timed) == asked
-    assert ('Larger batches may be faster still, but there was no time to try them: ask again with profile=2' in str(found)) != asked
+    assert ('there was no time to try them' in str(found)) != asked
 
 
 @pytest.mark.parametrize('profile', ['yes', -1, math.nan, math.inf, None])
