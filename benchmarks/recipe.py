@@ -101,7 +101,8 @@ def start_table(c):
     for bs0,d in [*c.groupby('bs0'), ('all', c)]:
         slow = d[d.seconds >= long]
         rows.append({'from bs': bs0, f'{long} s or more': len(slow)} | {q: geomean(slow[q]) for q in ('training', 'finder', 'total')}
-                    | {'longest': slow.total.max(), 'cases': len(d), 'metric worse': (d.worse > d.sd).sum(), 'metric better': (-d.worse > d.sd).sum()})
+                    | {'longest': slow.total.max(), 'cases': len(d)}
+                    | ({'metric worse': (d.worse > d.sd).sum(), 'metric better': (-d.worse > d.sd).sum()} if d.sd.notna().any() else {}))  # of a single seed, nothing is known
     return pd.DataFrame(rows)
 
 
@@ -166,7 +167,8 @@ def page():
 `sug = learn.bs_find(lr)`, `learn.set_bs(sug)`, and `fit_one_cycle(*learn.bs_plan(n_epoch))`, from the same seed. Each is validated after every epoch. Times are of training with validation, and of the finder (`bs_find`, `set_bs`, `bs_plan`), relative to the baseline's; `lr_find` is in all of them and not counted, nor is loading the data.
 A task's trainings run one after the other in a process with one thread, two tasks at a time on two cores; they had {df.cpu.sum()/df.total.sum():.0%} of a core each.""",
         [f"Where the baseline takes {long} s or more, {len(slow)} cases, training with the finder takes {geomean(slow.total):.2f} of its time, the finder included (geometric mean): {geomean(slow.training):.2f} for the training, {geomean(slow.finder):.2f} for the finder." if len(slow) else '',
-         f"The validation metric is worse by more than a standard deviation of the baseline's over seeds in {len(worse)} of {len(c)} cases, better by more than one in {(-c.worse > c.sd).sum()}.",
+         f"The validation metric is worse by more than a standard deviation of the baseline's over seeds in {len(worse)} of {len(c)} cases, better by more than one in {(-c.worse > c.sd).sum()}."
+         if n_seeds > 1 else "Whether the validation metric is worse by more than chance, a single seed cannot tell.",
          f"`bs_find` names a fastest batch size in {found.fastest.notna().sum()} of {len(found)} calls" + (f", and refuses in {refused}, after which the training goes on as without it" if refused else '') + ". " + (f"In {late} it takes more than 60 s and more than half of the baseline's time." if late else "None takes more than the longer of 60 s and half of the baseline's time.")],
         [f"The longest total is {worst.total:.2f} of the baseline's {worst.seconds:.3g} s: {worst.task} from bs={worst.bs0}." + (f" Of {long} s or more, the longest is {slow.total.max():.2f}: {named(slow.nlargest(1, 'total'))}." if len(slow) and worst.seconds < long else ''),
          len(worse) and f"The metric is worse by more than a standard deviation: {named(worse)}.",
