@@ -136,7 +136,7 @@ def is_suggestion(text): return re.fullmatch(r'SuggestedBS\(critical=\d+, fastes
 @pytest.mark.slow
 def test_a_bar_that_moves_then_the_answer_and_the_picture(notebook):
     notebook.page.evaluate(watch)
-    said,picture = notebook.run(find).outputs
+    said,picture = notebook.run('sug = learn.bs_find(lr=.1, num_it=600, regret=0)').outputs
     assert is_answer(said) and picture == 'picture'
     seen = notebook.page.evaluate('window.seen')
     values = [bars[0][0] for bars in seen if bars]
