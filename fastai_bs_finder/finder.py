@@ -29,7 +29,7 @@ from .predict import round_bs, scale_lr
 from .processes import by_itself, processes_of, together
 from .profile import profile_steps
 from .race import run_race
-from .result import BSResult, Profile, keep_result, keep_sizes, layer_table
+from .result import BSResult, Profile, foreseen, keep_result, keep_sizes, layer_table
 from .snapshot import Snapshot
 from .suggest import critical, fastest, open_by, quickest
 from .words import bs_summary, say
@@ -95,7 +95,7 @@ def time_the_best(
     "Time the batch size that seems to be the fastest, until it has been timed itself"
     end = time.perf_counter() + budget
     for _ in range(4):
-        best = quickest(result, 4)
+        best = quickest(result, foreseen)
         if best is None or best in result.profile.step_time: break
         result = _timed(learn, result, [best], end - time.perf_counter())
         if result.profile.trouble: return result.changed(trouble='')  # two sizes or more are known
@@ -274,7 +274,7 @@ def bs_find(self:Learner,
                        finder=finder.__name__, regret=regret, race=race, n_epoch=n_epoch)
         if count is not None: self.count_examples(count)
         bs0,left_to_us = batch_size(dl),num_it is None and n_batch is None and processes.size == 1
-        def search(bs):
+        def found_with(bs):
             n_it = n_epoch_it and n_epoch_it*bs0//bs if bs != bs0 else n_epoch_it
             k = default_n_batch(n_it, n_epoch, least) if n_batch is None else n_batch
             check_epoch(n_it, k, least, bs)
@@ -296,10 +296,10 @@ def bs_find(self:Learner,
             if cb.error: raise cb.error
             return cb,search.result
         bs = _size_to_measure(dl, n_epoch, n_epoch_it) if left_to_us else bs0
-        try: cb,result = search(bs)
+        try: cb,result = found_with(bs)
         except Exception:
             if bs == bs0: raise
-            cb,result = search(bs0)  # a model, or a loss, for one batch size
+            cb,result = found_with(bs0)  # a model, or a loss, for one batch size
         _keep(self, result)  # before it is complete: a suggestion function may fail
         self.recorder.bs_layers = layer_table(self.model, cb.meter.params, np.reshape(cb.parts, (-1, 2, len(cb.meter.params))), beta)
         found = result.profile

@@ -58,7 +58,7 @@ class BSFinder(MockCallback):
         self.batch_loss,self._weighs,self._weights = BatchLoss(),False,[]
         self.order_of_batches,self._trained,self._turns = BatchOrder(),{},set()
         self._left_to_train,self._measuring,self._loss_sum,self._clock = 0,False,0.,StepClock()
-        self.first_loss,self.why_enough = torch.tensor(math.nan),''
+        self.first_loss,self.why_enough,self._opt_kind = torch.tensor(math.nan),'',''
 
     def before_fit(self):
         if self.why_enough: self.why_enough,self._left_to_train,self._clock = '',self.n_train,StepClock()  # it goes on
@@ -240,8 +240,9 @@ def after_batch(self:BSFinder):
 @patch
 def result(self:BSFinder) -> BSResult: # Without what is known of time and memory, and without suggestions
     "The measurements so far, and how they were taken"
+    if self.meter and not self._opt_kind: self._opt_kind = 'adam' if normalizes(self.meter.metric.opt) else 'sgd'
     names = [*('batch', 'step', 'samples', 'loss'), *NoiseAverage().columns(), *NoiseAverage().columns('opt_')]
     uneven = float(np.std(self._weights)/np.mean(self._weights)) if any(self._weights) else 0.
     facts = dict(bs=self.bs, spent=self.spent, stopped='ended' if self.spent < self.num_it and not self.why_enough else '', first_loss=float(self.first_loss),
-                 opt='adam' if self.meter and normalizes(self.meter.metric.opt) else 'sgd', loss=self.batch_loss.kind, uneven=uneven, mixed=self._take_turns())
+                 opt=self._opt_kind or 'sgd', loss=self.batch_loss.kind, uneven=uneven, mixed=self._take_turns())
     return BSResult(pd.DataFrame(self.rows, columns=None if self.rows else names), Run(**facts | self.run_facts))

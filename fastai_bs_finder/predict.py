@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['exponents', 'least_steps', 'rel_steps', 'rel_examples', 'noiseless_mean', 'scale_lr', 'fit_steps', 'sizes_between',
-           'round_bs', 'StepTime', 'growth', 'steps_of_training', 'regrets', 'whole_epochs', 'n_parts', 'compare']
+           'round_bs', 'StepTime', 'growth', 'fewest_steps', 'steps_of_training', 'regrets', 'whole_epochs', 'n_parts',
+           'compare']
 
 # %% ../nbs/11_predict.ipynb #a4fdd636
 import math
@@ -138,14 +139,20 @@ def growth(
 # %% ../nbs/11_predict.ipynb #d16de639
 least_steps = 100
 
+def fewest_steps(
+    steps0:float, # Number of steps of the training that it is compared with
+) -> float: # As many as that one has, or `least_steps`
+    "The fewest steps that a schedule gets by with"
+    return min(least_steps, steps0)
+
 def steps_of_training(
     bs:float, # The new batch size
     bs0:float, # The batch size it is compared with
     noise_scale:float, # The noise scale, in examples; may be infinite
     steps0:float=math.inf, # Number of steps of the training at `bs0`; infinite: a long one
 ) -> float: # Ratio of the numbers of steps
-    "Like `rel_steps`, but no training gets shorter than `least_steps`, which a schedule needs"
-    return max(rel_steps(bs, bs0, noise_scale), min(least_steps/steps0, 1))
+    "Like `rel_steps`, but no training gets shorter than `fewest_steps`"
+    return max(rel_steps(bs, bs0, noise_scale), fewest_steps(steps0)/steps0)
 
 def regrets(
     times:np.ndarray, # Predicted times, a row per batch size and a column per noise scale
