@@ -337,12 +337,12 @@ def test_the_advice_for_a_sum_is_that_for_its_mean():
     for reduction,lr in ('mean', .16), ('sum', .01):
         set_seed(0)
         learn = digits_learner(bs=16)
-        learn.loss_func = CrossEntropyLossFlat(reduction=reduction)
+        learn.loss_func,learn.dls.train.drop_last = CrossEntropyLossFlat(reduction=reduction),True  # a shorter batch of a sum is a shorter step
         with learn.no_bar(), learn.no_logging(): learn.bs_find(lr, 400, 10, show_plot=False, profile=False)
         tables.append(learn.recorder.bs_table)
     of_mean,of_sum = tables
-    np.testing.assert_allclose(of_sum.steps, of_mean.steps, rtol=5e-3)
-    np.testing.assert_allclose((of_sum.lr*of_sum.index).astype(float), of_mean.lr.astype(float), rtol=5e-3)
+    np.testing.assert_allclose(of_sum.steps, of_mean.steps, rtol=1e-3)
+    np.testing.assert_allclose((of_sum.lr*of_sum.index).astype(float), of_mean.lr.astype(float), rtol=1e-3)
 
 
 def noise_scales(reduction, lr, bs, n_acc):
@@ -415,7 +415,7 @@ def test_two_trainings_that_take_turns(rhythm):
     learn.model = nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 10))
     with learn.no_bar(), learn.no_logging(): sug = learn.bs_find(.01, 100, 5, show_plot=False, profile=False)
     result = learn.recorder.bs_result
-    assert set(sug) == {None} and result.table is None and 'two trainings take turns here' in str(result)
+    assert set(sug) == {None} and result.table is None and str(result).startswith('Measure each network by itself')
 
 
 class PartlyUsed(nn.Module):

@@ -125,7 +125,7 @@ def test_profile_and_memory(tmp_path):
     assert all(not changes and unchanged for _,changes,unchanged,_ in ranks)
     assert repr(ranks[0]) == repr(ranks[1])
     profile = ranks[0][0]['profile']
-    assert set(profile.step_time) >= {4, 16} and profile.max_bs % 2 == 0 and ranks[0][3] == n
+    assert set(profile.step_time) >= {16, 64} and profile.max_bs % 2 == 0 and ranks[0][3] == n
     assert 'bs=16 (2 processes × 8)' in printed(tmp_path, 0) and not printed(tmp_path, 1)
 
 

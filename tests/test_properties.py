@@ -10,6 +10,7 @@ from fastai.callback.all import ProgressCallback
 
 from fastai_bs_finder.all import *
 from footprint import changes, forget, state
+from test_words import imperatives
 
 
 class OneNumber(nn.Module):
@@ -97,7 +98,7 @@ def outcome(learn, said, find):
         error,n = None,len(learn.dls.train.dataset)
         assert sug.critical is None or isinstance(sug.critical, int) and 1 <= sug.critical <= n
         words = said()
-        assert words.endswith('.\n') and not re.search(r'(?<!\d)-\d|\bnan\b|\binf\b', re.sub(r'lr=\S+|to inf, at', '', words)), words
+        assert words.strip().startswith(imperatives) and words.endswith('.\n') and not re.search(r'(?<!\d)-\d|\bnan\b|\binf\b', re.sub(r'lr=\S+|to inf, at', '', words)), words
         assert learn.recorder.bs_stats.noise.map(math.isfinite).all()
     event('an answer' if error is None else 'one line' if is_one_line(error) else f'{type(error).__name__}: {error}'[:80])  # pytest --hypothesis-show-statistics
     forget(learn)
