@@ -137,8 +137,9 @@ def _size_to_measure(dl, n_epoch, n_epoch_it):
 def why_enough(
     result:BSResult, # What is known so far
     n_epoch_it:int|None, # Number of batches of an epoch with the batch size in use; `None`: not known
-) -> str: # 'clear' where the choice is, 'cost' where they would cost more than they can be expected to save; empty where they are wanted
+) -> str: # See `Run.enough`; empty where they are wanted
     "Why no more measurements are wanted"
+    if result.stuck: return 'stuck'
     regret,bs,run = open_by(result),fastest(result),result.run
     if regret is None: return ''
     if bs and regret < (2 if bs == run.bs else 1)*run.regret: return 'clear'
@@ -218,17 +219,19 @@ class _Search:
         if sizes[1] in (None, run.bs): return
         training = run.n_epoch*(self.n_epoch_it or math.inf)*float(step_time(run.bs))
         known = training if self.n_epoch_it else run.spent*float(step_time(run.bs))/_race_share  # of a stream: no longer than the measurements
-        seconds,saves = max(min(_race_share*known, _long_race), least),training*(1 - result.times().time[sizes[1]])
-        if seconds < _least_steps*float(max(map(step_time, sizes))) or len(sizes)*seconds > _worth*saves: return
-        try: self.result = result.changed(race=run_race(self.learn, result, sizes, seconds, partial(_one_more, result, sizes[1], seconds)))
+        seconds,worth = max(min(_race_share*known, _long_race), least),_worth*training*(1 - result.times().time[sizes[1]])
+        if self.n_epoch_it and sizes[1] > run.bs: seconds = max(seconds, _catches_up*float(step_time(sizes[1])))
+        if seconds < _least_steps*float(max(map(step_time, sizes))) or len(sizes)*seconds > worth: return
+        try: self.result = result.changed(race=run_race(self.learn, result, sizes, seconds, partial(_one_more, result, sizes[1], seconds, worth)))
         except Exception: pass  # it is not the measurements that fail
 
-_least_steps,_race_share,_long_race,_worth = 8,.03,10.,.5  # steps of each size in a race; its part of a training; seconds; its part of what is saved
+_least_steps,_catches_up = 8,64  # steps of each size in a race; of a larger one, which is always behind at first
+_race_share,_long_race,_worth = .03,10.,.5  # its part of a training; seconds; its part of what is saved
 
-def _one_more(result, bs, seconds, race):
+def _one_more(result, bs, seconds, worth, race):
     "A third size: beyond the suggestion, or between it and the one in use where it is behind"
-    if seconds < _long_race/4: return
     times,bs0,behind = result.times(),result.run.bs,race.winner(bs) != bs
+    if 3*seconds > worth or not behind and seconds < _long_race/4: return
     wanted = math.sqrt(bs0*bs) if behind else bs*2**math.copysign(1, bs - bs0)
     third = min(times.index, key=lambda b: abs(math.log(b/wanted)))
     return int(third) if third not in race.sizes and (behind or times.time[third] < 1.1*times.time[bs]) else None

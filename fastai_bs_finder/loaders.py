@@ -52,7 +52,7 @@ def rebatch(
     return dl
 
 @rebatch.register
-def _(dl:LMDataLoader, bs): return dl.new(bs=bs)
+def _(dl:LMDataLoader, bs): return dl if dl.bs == bs else dl.new(bs=bs)
 
 @rebatch.register
 def _(dl:torch_data.DataLoader, bs):

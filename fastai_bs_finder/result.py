@@ -96,7 +96,7 @@ class Run:
     first_loss:float = math.nan # Training loss of the first batch
     n_epoch:int = 3 # Number of epochs that a training has at the batch size in use
     regret:float = .1 # How much longer than the fastest a choice may take, at its worst, to be clear
-    enough:str = '' # Why more measurements were not wanted: 'clear' where the choice was, 'cost' where they would have cost more than they could save
+    enough:str = '' # Why more measurements were not wanted: 'clear' where the choice was, 'cost' where they would have cost more than they could save, 'stuck' where nothing was learned any more
     stopped:str = '' # Why it stopped early, a key of `words.stops`
     stopped_by:int = 0 # Rank of the process that stopped
     missing:str = '' # Why a measurement was not completed, a key of `words.gaps`
@@ -196,6 +196,7 @@ def advised_bs(
     return next((bs for n in ['critical', *by_name] if (bs := _as_size(by_name.get(n)))), None)
 
 # %% ../nbs/21_result.ipynb #732eac87
+_flat = 4  # measurements
 foreseen = 4  # times the largest size that was timed: what is expected beyond is wrong too often to be considered
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -228,6 +229,16 @@ class BSResult(Result):
         if not len(self) or 'loss' not in self.stats: return ''
         first,last = self.stats.loss.iloc[0] if math.isnan(run.first_loss) else run.first_loss,self.stats.loss.iloc[-1]
         return 'rose' if last - first > abs(first) and not run.alike else ''  # data that are in order may get harder
+
+    @property
+    def drowned(self) -> bool:
+        "Does the gradient drown in its noise, so that the interval says nothing?"
+        return not len(self) or not (self.in_use.lo.iloc[-1] >= 1 or self.in_use.hi.iloc[-1] < math.inf)
+
+    @property
+    def stuck(self) -> bool:
+        "Has the loss not fallen in the last measurements, and is there no gradient that would let it fall?"
+        return self.drowned and len(self) >= 2*_flat and self.stats.loss[-_flat:].min() >= self.stats.loss[:-_flat].min()
 
     @cached_property
     def mean_noise_scale(self) -> tuple|None:
@@ -317,12 +328,13 @@ class BSResult(Result):
         within = [mean, *np.geomspace(lo, max(min(hi, 1e3*mean), lo), 16), hi]
         steps = np.array([[steps_of_training(bs, bs0, B, steps0) for B in within] for bs in sizes])
         rel = steps*np.array([[self.step_time(bs)/self.step_time(bs0)] for bs in sizes])
-        return pd.DataFrame(dict(time=rel[:, 0], worst=rel.max(1), regret=regrets(rel)), index=pd.Index(sizes, name='bs'))
+        worst = rel.max(1)
+        return pd.DataFrame(dict(time=np.where(np.array(sizes) < bs0, worst, rel[:, 0]), worst=worst, regret=regrets(rel)), index=pd.Index(sizes, name='bs'))
 
     def times(self,
         reach:float=1., # Multiple of the largest batch size that was timed, up to which there is a prediction; `foreseen` at most
     ) -> pd.DataFrame|None: # By batch size: `time` of a training of `run.n_epoch` epochs, `worst`, `regret`; `None` where there is no telling
-        "Predicted time at each batch size that fits in one piece, relative to the size in use; the worst of it in the interval; see `regrets`"
+        "Predicted time at each batch size that fits in one piece, relative to the size in use, see `plan`; the worst of it in the interval; see `regrets`"
         res = self._times
         return res if res is None else res[(res.index == self.run.bs) | (res.index <= reach*max(self.profile.step_time))]
 
@@ -338,12 +350,14 @@ class BSResult(Result):
         bs:int, # A batch size
         n_epoch:int|None=None, # Number of epochs at the size in use; `None`: `run.n_epoch`
     ) -> tuple|None: # Number of epochs, learning rate, and the time they take relative to `n_epoch` at the size in use; `None` where there is no telling
-        "A training with `bs` that should reach the same loss, of a hundred steps at least"
+        "A training with `bs` that should reach the same loss, of a hundred steps at least; with a smaller size even where the noise scale is as large as it may be"
         row,run,n_epoch = self.at_bs(bs),self.run,n_epoch or self.run.n_epoch
         if row is None: return
         least = fewest_steps(n_epoch*run.n/run.bs)/max(run.n/bs, 1) if run.n else 0
-        epochs = whole_epochs(n_epoch, row['epochs'], row['time'], least)
-        return epochs,row['lr'],float(row['time']*epochs/(n_epoch*row['epochs']))
+        rel_epochs = row['epochs_hi' if bs < run.bs else 'epochs']
+        sec_per_epoch = row['time']/row['epochs']
+        epochs = whole_epochs(n_epoch, rel_epochs, sec_per_epoch*rel_epochs, least)
+        return epochs,row['lr'],float(sec_per_epoch*epochs/n_epoch)
 
     def changed(self,
         **changes, # Fields of it, of `run` or of `profile`, and their new values

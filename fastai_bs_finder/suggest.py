@@ -50,8 +50,7 @@ def fastest(
     "The batch size that should reach the same loss in the shortest time on this machine: of those about as fast, the nearest to the one in use"
     times,bs0 = result.times(),result.run.bs
     if times is None or result.failure or not result.in_use.hi.iloc[-1] > 0: return
-    last = result.in_use.iloc[-1]
-    sure = times[times.worst < 1] if last.lo >= 1 or last.hi < math.inf else times[:0]  # the gradient drowns in its noise
+    sure = times[:0] if result.drowned else times[times.worst < 1]
     best = bs0
     if len(sure) and times.time[bs0] > (1 + 2*result.run.regret)*sure.time.min():
         near = sure[sure.time <= 1.05*sure.time.min()]

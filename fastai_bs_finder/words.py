@@ -154,7 +154,8 @@ def _failed(result):
 
 def _stay(result, why=''):
     "To stay for now, and how to learn more"
-    more = "more batches would cost more than they could save" if result.run.enough == 'cost' else f"to learn more, {_more(result)}"
+    more = {'cost': "more batches would cost more than they could save",
+            'stuck': "the training loss does not fall any more, a lower lr may tell more"}.get(result.run.enough) or f"to learn more, {_more(result)}"
     return f"Stay with {_size(result.run)} for now{why}; {more}."
 
 def _of(ratio, what): return f"{'about ' if ratio >= .01 else ''}{as_ratio(ratio)} {'of' if ratio <= 1 else 'times'} the {what}"

@@ -47,7 +47,7 @@ def test_follows_the_truth(mnist, opt_func, lr):
         other = article.noise_scale[(article.batch - stats.batch[i]).abs().idxmin()]
         print(f'{stats.batch[i]:4} {truth[i]:6.0f} {stats.noise_scale[i]:6.0f} ({stats.lo[i]:.0f} to {stats.hi[i]:.0f}) {other:8.0f}')
     print(f'ours/truth: {ratio.min():.2f} to {ratio.max():.2f}')
-    assert len(stats) == 46
+    assert len(stats) == 62
     assert ratio.between(1/1.5, 1.5).all()
     assert stats.noise_scale.iloc[-1] > 2*stats.noise_scale[0]
     late = article.noise_scale[len(article)//2:]

@@ -1,5 +1,6 @@
 "When bs_find stops, and with which batches it measures"
 import subprocess, sys
+from math import inf
 
 import pytest, torch
 from torch import nn
@@ -10,6 +11,8 @@ from fastai_bs_finder import finder, memory, mock, profile as profile_room
 from fastai_bs_finder.all import *
 from fastai_bs_finder.demo import digits_learner
 from footprint import assert_no_footprint, changes, forget, state
+from fastai_bs_finder.result import BSResult
+from results import result
 from test_footprint import rich_learner
 from test_profile import Clock, Stubborn, Takes
 
@@ -46,6 +49,21 @@ def test_or_until_it_costs_more_than_it_can_save():
     short,long = find(close(bs=4), 150, n_epoch=1, regret=1e-4),find(close(bs=4), 150, n_epoch=60, regret=1e-4)
     assert short.run.enough == 'cost' and len(short) == 6 and 'ore batches would' in str(short)
     assert long.run.spent > short.run.spent
+
+
+def test_or_until_nothing_is_learned_any_more(monkeypatch):
+    drowned,known = ([(1000, *ends)]*8 for ends in ((0, inf), (0, 4000)))
+    def stuck(rows, losses):
+        res = result(*rows)
+        res.stats['loss'] = losses
+        return res.stuck
+    flat,falls,fell = [3, 2, 1, 1.]*2,[8, 7, 6, 5, 4, 3, 2, 1.],[3, 2, 1, 1, 1, 1, 1, .9]
+    assert stuck(drowned, flat) and not stuck(drowned, falls) and not stuck(drowned, fell) and not stuck(known, flat) and not stuck(drowned[1:], flat[1:])
+    assert finder.why_enough(result(*drowned), 100) == 'stuck' and finder.why_enough(result(*known), 100) == ''
+    assert str(result(*drowned, enough='stuck')).startswith("Stay with bs=64 for now; the training loss does not fall any more, a lower lr may tell more.")
+    monkeypatch.setattr(BSResult, 'stuck', property(lambda self: len(self) >= 8))
+    r = find(close(), n_epoch=10**5, regret=1e-4)
+    assert r.run.enough == 'stuck' and len(r) == 8
 
 
 @pytest.mark.parametrize('bs,num_it,bound', [(16, None, 200), (4, None, 375), (16, 130, 130), (4, 130, 130)])

@@ -1,4 +1,6 @@
 "A race of batch sizes: who is ahead, what follows from it, and that nothing remains of it"
+import math
+
 import pytest, torch
 from fastai.basics import Callback
 
@@ -48,14 +50,14 @@ def test_the_winner_is_suggested():
     learn = quick()
     sug,r = find(learn),learn.recorder.bs_result
     assert sug.fastest > 16 and r.race.sizes == [16, sug.fastest] and r.race.winner(sug.fastest) == sug.fastest
-    assert r.race.steps[0] == r.race.steps[1] >= 8 and r.race.losses[1] < r.race.losses[0] < 2.3 and r.race.errors[1] > r.race.errors[0] == 0
+    assert r.race.steps[0] >= r.race.steps[1] == 64 and r.race.losses[1] < r.race.losses[0] < 2.3 and r.race.errors[1] > r.race.errors[0] == 0
     assert f'n a race of {r.race.seconds:.2g} s each, bs={sug.fastest} got to a loss of' in str(r)
 
 
 def test_a_suggestion_that_loses_is_not_fastest():
     learn = quick(cbs=[InRace(uphill)])
     sug,r = find(learn),learn.recorder.bs_result
-    assert sug.fastest == 16 and r.race.losses[1] > r.race.losses[0] and r.changed(suggested={}).times().time.idxmin() > 16
+    assert sug.fastest == 16 and not r.race.losses[1] <= r.race.losses[0] and r.changed(suggested={}).times().time.idxmin() > 16
     assert str(r).startswith('Stay with bs=16: in a race of')
     assert learn.set_bs(sug).dls.bs == 16
 
@@ -83,6 +85,14 @@ def test_no_race_if_not_wanted_or_not_worth_it():
     assert learn.recorder.bs_result.race is None
     same_size = digits_learner(cbs=Takes(1e-5, 1e-3))
     assert find(same_size).fastest in (None, 16) and same_size.recorder.bs_result.race is None
+
+
+def test_a_larger_size_has_the_steps_to_catch_up():
+    learn = quick()
+    for n_epoch,least in (10, 64), (300, 0):
+        find(learn, n_epoch=n_epoch)
+        race = learn.recorder.bs_result.race
+        assert race.sizes[1] > 16 and race.steps[1] >= 64 and (race.steps[1] <= 65) == bool(least)
 
 
 @pytest.mark.parametrize('error', [None, torch.OutOfMemoryError('no room')])
@@ -141,9 +151,9 @@ def test_all_look_at_the_same_examples():
 
 def test_a_third_size():
     r = result(*[(3000, 2500, 3500)]*3, n_epoch=100, step_time={64: .01, 256: .011, 2048: .03})
-    def third(seconds, losses): return finder._one_more(r, 512, seconds, Race([64, 512], [9, 9], seconds, losses, [0, .01]))
+    def third(seconds, losses, worth=math.inf): return finder._one_more(r, 512, seconds, worth, Race([64, 512], [9, 9], seconds, losses, [0, .01]))
     assert third(5., [.5, .4]) in (768, 1024, 1536) and third(5., [.4, .5]) in (128, 192, 256)
-    assert third(1., [.5, .4]) is None   # no time for it
+    assert third(1., [.5, .4]) is None and third(1., [.4, .5]) in (128, 192, 256)   # a third size beyond takes some time
 
 
 def test_how_the_third_one_does_is_known_too():

@@ -92,6 +92,15 @@ def test_a_plan_is_a_training_of_as_much_use(r, n_epoch, bs):
     assert math.isnan(time) == (r.step_time is None)
 
 
+def test_a_smaller_size_has_epochs_for_the_largest_noise_scale():
+    rows = [(30, 15, 300)]*3
+    r,largest = (result(*o, n=5000, bs=512, n_epoch=20, step_time={64: .01, 512: .06}) for o in (rows, [(300, 299, 301)]*3))
+    assert r.plan(64)[0] == largest.plan(64)[0] > 20*r.table.epochs[64] and r.plan(512)[0] == 20
+    assert r.times().time[64] == pytest.approx(largest.times().time[64], rel=.01) and r.plan(64)[2] == pytest.approx(r.times().time[64], rel=.1)
+    never = result(*[(30, 15, inf)]*3, n=5000, bs=512, n_epoch=20, step_time={64: .01, 512: .06})
+    assert never.plan(64)[0] == 20 and never.times().time[64] > 1
+
+
 def test_no_plan_without_a_noise_scale(): assert result((-50, 0, inf)).plan(128) is result().plan(64) is None
 
 

@@ -45,6 +45,9 @@ def test_every_application(name, fastai_data):
         quiet_fit(learn, 1, [sizes], 1e-4)
         assert set(sizes.sizes[:-1]) == {12}
         assert sum(sizes.sizes) == (n - n % 12 if learn.dls.train.drop_last else n)
+    loaders = [*learn.dls.loaders]
+    with learn.no_logging(): learn.set_bs(12)   # nothing to do: the training to come stays the same
+    assert all(a is b for a,b in zip(loaders, learn.dls.loaders))
     with learn.no_logging(): learn.set_bs(24, fits=12)
     assert batch_size(learn.dls.train) == 12 and any(isinstance(o, AccumulateGrads) for o in learn.cbs)
     if not stream:

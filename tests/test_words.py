@@ -76,7 +76,7 @@ def test_of_the_noise_scale(found, bs, words):
     (result(*[(600, 200, inf)]*3, step_time=linear), "The choice is open by 24%: to learn more, ask again with num_it=400 or n_batch=40"),
     (result(*known, step_time=linear, race=race), "In a race of 1.2 s each, bs=192 got to a loss of 0.41, bs=64 to 0.47."),
     (result(*known, step_time=linear, race=lost), "Stay with bs=64: in a race of 1.2 s each, bs=192 got to a loss of 0.47, bs=64 to 0.41.\n"),
-    (result(*[(6, 5, 7)]*3, step_time=linear), "Stay with bs=64: no other batch size should be much faster here (bs=32: 0.95 of the time).\n"),
+    (result(*[(6, 5, 7)]*3, step_time=linear), "Stay with bs=64: no other batch size should be much faster here (bs=32: 0.97 of the time).\n"),
     (result(*[(300, 10, 9000)]*3, step_time=linear), "Stay with bs=64 for now: bs=256 may take 0.66 of the time, but perhaps 1.6 times as long; to learn more, ask again with num_it=400 or n_batch=40.\n"),
     (result(*[(300, 10, 9000)]*3, step_time=linear, enough='cost'), "perhaps 1.6 times as long; more batches would cost more than they could save.\n"),
     (result(*[(100, 17, 120)]*3, step_time=linear), "Stay with bs=64 for now: bs=128 may take 0.86 of the time, but perhaps 1.1 times as long; to learn more"),
