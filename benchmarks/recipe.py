@@ -73,6 +73,16 @@ def run_all(names, seeds):
         for f in [pool.submit(run_task, name, seeds, done) for name in names]: f.result()
 
 
+def settled(df):
+    "With the finder's training time that of the baseline, and the other way round, the mean of both, where they are the same computation: bit for bit the same training"
+    df = df.copy()
+    same = ['task', 'bs0', 'seed', 'bs', 'lr', 'epochs', 'valid_loss', 'value']
+    both = df[df.way.isin(['baseline', 'bs_find'])]
+    df.loc[both.index, 'training'] = both.groupby(same).training.transform('mean')
+    df['total'] = df.training + df.finder
+    return df
+
+
 def geomean(x): return math.exp(np.log(x).mean()) if len(x) else math.nan
 
 
@@ -152,11 +162,13 @@ def picture(df):
 def page():
     df = pd.read_csv(out).sort_values(['seed', 'bs0'], kind='stable')
     df['task'] = pd.Categorical(df.task, [n for n in tasks if n in {*df.task}])
-    df = df.sort_values('task', kind='stable').astype(dict(task=str))
+    df = settled(df.sort_values('task', kind='stable').astype(dict(task=str)))
     c = compare(df)
     slow,found = c[c.seconds >= long],df[df.way == 'bs_find']
     worse,worst,late = c[c.worse > c.sd],c.loc[c.total.idxmax()],c.late.sum()
     refused = found.said.str.startswith('ValueError').sum()
+    base,whole = ({(r.task, r.seed): r.total for r in df[(df.way == way) & (df.bs0 == from_)].itertuples()} for way in ('baseline', f'bs {article}'))
+    epochs = [whole[k]/base[k] for k in base.keys() & whole if k[0] in {*slow.task[slow.bs0 == from_]}]
     def named(d): return ', '.join(f'{r.task} from {r.bs0}' for r in d.itertuples())
     picture(df)
     def md(d):
@@ -172,6 +184,7 @@ A task's trainings run one after the other in a process with one thread, two tas
          f"`bs_find` names a fastest batch size in {found.fastest.notna().sum()} of {len(found)} calls" + (f", and refuses in {refused}, after which the training goes on as without it" if refused else '') + ". " + (f"In {late} it takes more than 60 s and more than half of the baseline's time." if late else "None takes more than the longer of 60 s and half of the baseline's time.")],
         [f"The longest total is {worst.total:.2f} of the baseline's {worst.seconds:.3g} s: {worst.task} from bs={worst.bs0}." + (f" Of {long} s or more, the longest is {slow.total.max():.2f}: {named(slow.nlargest(1, 'total'))}." if len(slow) and worst.seconds < long else ''),
          len(worse) and f"The metric is worse by more than a standard deviation: {named(worse)}.",
+         epochs and f"An epoch with bs={article} takes {geomean(epochs):.2f} of the time of one with bs={from_} on this machine, in the tasks of {long} s or more: no size up to {article} can save more than that from {from_}, even if no example were lost and finding took no time.",
          "Small data train in seconds: whatever a finder takes is more than it can save there."],
         f"""![Total time against the validation metric](recipe.png)
 
