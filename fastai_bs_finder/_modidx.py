@@ -62,6 +62,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                          'fastai_bs_finder/adaptive.py'),
                                            'fastai_bs_finder.adaptive.Elements.add': ( 'adaptive.html#elements.add',
                                                                                        'fastai_bs_finder/adaptive.py'),
+                                           'fastai_bs_finder.adaptive.Elements.weights': ( 'adaptive.html#elements.weights',
+                                                                                           'fastai_bs_finder/adaptive.py'),
                                            'fastai_bs_finder.adaptive.averaged': ('adaptive.html#averaged', 'fastai_bs_finder/adaptive.py'),
                                            'fastai_bs_finder.adaptive.log_error': ( 'adaptive.html#log_error',
                                                                                     'fastai_bs_finder/adaptive.py'),
