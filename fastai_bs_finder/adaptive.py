@@ -95,7 +95,8 @@ class Elements:
         if self.square is None: self.square,self.noise = square*new,noise*new
         else:
             for old,x in ((self.square, square), (self.noise, noise)): old.mul_(self.keep).add_(x, alpha=new)
-        self.samples,self.weight,self.weight2 = self.keep*self.samples + new*samples,self.keep*self.weight + new,self.keep**2*self.weight2 + new**2
+        self.samples,self.weight = self.keep*self.samples + new*samples,self.keep*self.weight + new
+        self.weight2 = self.keep**2*self.weight2 + new**2
 
     def _sums(self, signal):
         samples,noise = self.samples/self.weight,self.noise/self.weight
@@ -108,9 +109,9 @@ class Elements:
         phi,nu = [],[]
         for column in table.T:
             w = torch.where(on, column[i]/root, 0.)
-            phi.append((signal*w/(1 + self.eps*w)).sum(dtype=torch.float64))
-            nu.append((on/(1 + self.eps*w)**2).sum(dtype=torch.float64))
-        return tuple(torch.stack(x).cpu().numpy() for x in (phi, nu))
+            phi.append((signal*w/(1 + self.eps*w)).sum())
+            nu.append((on/(1 + self.eps*w)**2).sum())
+        return tuple(torch.stack(x).cpu().double().numpy() for x in (phi, nu))
 
 # %% ../nbs/15_adaptive.ipynb #b823400e
 model_error,fewest = 1.4,20
