@@ -30,7 +30,7 @@ def test_five_floors_without_a_circle():
     floors = {name: floor(name) for name in imports}
     print({i: sorted(n for n,f in floors.items() if f == i) for i in range(1, 6)})
     assert max(floors.values()) <= 5
-    assert {'noise', 'predict', 'checks', 'loaders', 'interrupt', 'losses', 'order'} == {n for n,f in floors.items() if f == 1}
+    assert {'noise', 'predict', 'checks', 'loaders', 'interrupt', 'losses', 'order', 'adaptive'} == {n for n,f in floors.items() if f == 1}
     assert {'finder', 'grow', 'sweep'} == {n for n,f in floors.items() if f == 5}
 
 
