@@ -77,7 +77,7 @@ def before_train(self:BSFinder):
 @patch
 def _drop_measurement(self:BSFinder):
     if self.meter.n_batch: self.run_facts['missing'] = 'ended'
-    self.meter.sums,self._loss_sum = GradSums(),0.
+    self.meter.sums,self._loss_sum = GradSums(per_element=self.meter.sums.per_element),0.
 
 @patch
 def before_batch(self:BSFinder):

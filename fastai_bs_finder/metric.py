@@ -14,41 +14,51 @@ import numpy as np, torch
 from torch import nn
 from fastai.optimizer import OptimWrapper, Optimizer
 from fastai.torch_core import no_random
-from .noise import GradSums, Noise, NoiseAverage
+from .noise import GradSums, Noise, NoiseAverage, as_dtype, as_real, in_groups, in_row, sums_of
 
 # %% ../nbs/20_metric.ipynb #26b10e4a
+def _moment_name(state):
+    names = 'max_exp_avg_sq', 'exp_avg_sq', 'sqr_avg', 'square_avg', 'sum', 'exp_inf'  # those that fastai and PyTorch give it
+    return next((k for k in names if isinstance(state.get(k), torch.Tensor)), None)
+
 def _second_moment(state, hyper):
     "What the step is divided by: `v̂`'s state, its debiasing factor, eps, whether the root is taken; `None` where there is none (yet)"
-    names = 'max_exp_avg_sq', 'exp_avg_sq', 'sqr_avg', 'square_avg', 'sum', 'exp_inf'  # those that fastai and PyTorch give it
-    key = next((k for k in names if isinstance(state.get(k), torch.Tensor)), None)
+    key = _moment_name(state)
     if key is None: return
     beta,step,v = hyper.get('sqr_mom'),float(state.get('step', 0)),state[key]
     debiased = key not in ('square_avg', 'sum', 'exp_inf') and isinstance(beta, float) and beta < 1 and step > 0  # as PyTorch does
     if key == 'sqr_avg' and v.is_complex(): v = v.abs()  # fastai squares complex gradients as they are
     return v,1 - beta**step if debiased else 1.,float(hyper.get('eps', 0.)),key != 'exp_inf'
 
+def _second_moments(states, hypers):
+    "Those of several parameters; steps that are counted on a device are fetched together"
+    steps = {}
+    for i,s in enumerate(states):
+        if isinstance(n := s.get('step'), torch.Tensor): steps.setdefault(n.device, []).append((i, n if n.ndim == 0 else n.reshape(())))
+    states = list(states)
+    for found in steps.values():
+        for (i,_),n in zip(found, torch.stack([n for _,n in found]).tolist()): states[i] = states[i] | dict(step=n)
+    return [_second_moment(s, h) for s,h in zip(states, hypers)]
+
 # %% ../nbs/20_metric.ipynb #400773cb
-_piece = 2**19  # numbers at once, on a CPU: what fits in its cache
-
-def _as_real(t): return torch.view_as_real(t.resolve_conj()) if t.is_complex() else t
-
-def _weighted_sq_norm(g, v, debias, eps, root=True):
-    "Σ g²/(√(v/debias) + eps) over the elements with v > 0; with `root=False` Σ g²/v over those with v > eps"
-    if g.is_sparse:
-        g = g.coalesce()
-        g,v = g.values(),v[tuple(g.indices())]
-    if g.is_complex() and not v.is_complex(): v = v[..., None]
-    g,v = _as_real(g),_as_real(v)
-    v = v.expand(g.shape)  # an optimizer may keep one number for several
-    dtype,scale,total = torch.promote_types(v.dtype, torch.float32),debias**.5,0.
-    piece = min(_piece if v.device.type == 'cpu' else 8*_piece, g.numel())
-    room = torch.empty(piece, dtype=dtype, device=v.device)
-    for g,v in zip(g.reshape(-1).split(piece), v.reshape(-1).split(piece)):
-        g,w = g.to(dtype),room[:len(v)].copy_(v)
-        if root: torch.threshold_(w.sqrt_(), 0., math.inf).add_(eps*scale)
-        else: torch.threshold_(w, eps, math.inf)
-        total = total + torch.dot(g, torch.div(g, w, out=w)).to(dtype if v.device.type == 'mps' else torch.float64)
-    return total*scale
+def _weighted_sums(g, v, debias, eps, root, squared):
+    "Σ g²/(√(v/debias) + eps) over the elements with v > 0, of each tensor; with `root=False` Σ g²/v over those with v > eps"
+    g,v = (as_dtype(o, torch.promote_types(o[0].dtype, torch.float32)) for o in (g, v))
+    tiny = torch.finfo(v[0].dtype).tiny  # for elements that are left out: 0/tiny
+    if root:
+        P,scales = torch._foreach_sqrt(v),[d**.5 for d in debias]
+        w = torch._foreach_mul(P, [e*s for e,s in zip(eps, scales)])
+        torch._foreach_add_(w, v)
+        torch._foreach_add_(w, tiny)
+    else:
+        P,w = torch._foreach_sub(v, eps),torch._foreach_clamp_min(v, tiny)
+        torch._foreach_clamp_min_(P, 0.)
+        torch._foreach_sign_(P)
+    torch._foreach_div_(P, w)
+    for _ in range(1 if squared else 2): torch._foreach_mul_(P, g)
+    sums = sums_of(P)
+    if root: torch._foreach_mul_(sums, scales)
+    return sums
 
 # %% ../nbs/20_metric.ipynb #011d01d1
 class OptMetric:
@@ -64,24 +74,41 @@ class OptMetric:
         "Look at the optimizer's state again, after it stepped"
         states = getattr(self.opt, 'opt', self.opt).state
         groups = {id(p):hyper for p,_,_,hyper in self.opt.all_params()}
-        hypers = [groups.get(id(p), self.opt.hypers[-1]) for p in self.params]  # an optimizer may keep copies of the parameters, in fp16 training
-        self.lrs = np.array([float(h['lr']) for h in hypers])
+        self._hypers = [groups.get(id(p), self.opt.hypers[-1]) for p in self.params]  # an optimizer may keep copies of the parameters, in fp16 training
+        self.lrs = np.array([float(h['lr']) for h in self._hypers])
         if not self.lrs.any(): self.lrs += 1
-        self.moments = [_second_moment(states.get(p, {}), h) for p,h in zip(self.params, hypers)]
+        self._states,self._moments = [states.get(p, {}) for p in self.params],None
+        self.adaptive = any(_moment_name(s) is not None for s in self._states)  # does it divide by a second moment?
 
     @property
-    def adaptive(self) -> bool:
-        "Does the optimizer divide by a second moment?"
-        return any(m is not None for m in self.moments)
+    def moments(self) -> list:
+        "The second moments, read when they are wanted: some optimizers count their steps on a GPU, and reading the count waits for it"
+        if self._moments is None: self._moments = _second_moments(self._states, self._hypers)
+        return self._moments
 
     def __call__(self,
         tensors:list, # Gradients, in the order of the parameters; `None` counts as zero
+        squared:bool=False, # Are their elements squares already, as those of `GradSums.squares`?
     ) -> torch.Tensor: # |t|² of each in the metric without the learning rates, on the first tensor's device
         "Squared norm of each tensor, divided by the second moments"
-        device = next(t for t in tensors if t is not None).device
-        zero = torch.zeros((), device=device)
-        def norm(t, m): return zero if t is None or m is None else _weighted_sq_norm(t, *m).to(device)
-        return torch.stack([norm(t, m) for t,m in zip(tensors, self.moments)]).to(torch.float32 if device.type == 'mps' else torch.float64)
+        pairs,sums = [self._pair(*o) for o in zip(self.params, tensors, self.moments)],{}
+        for root in (True, False):
+            ts,vs = zip(*(o if o and m[3] == root else (None, None) for o,m in zip(pairs, self.moments)))
+            for places,t,v in in_groups(ts, vs):
+                _,debias,eps,_ = zip(*(self.moments[i] for i in places))
+                for i,s in zip(places, _weighted_sums(t, v, debias, eps, root, squared)): sums.setdefault(i, []).append(s)
+        return in_row(sums, len(tensors), next(t for t in tensors if t is not None).device)
+
+    def _pair(self, p, t, moment):
+        "A gradient, or its squares, and the second moments of the same shape"
+        if t is None or moment is None: return
+        v = moment[0]
+        if t.is_sparse:
+            t = t.coalesce()
+            t,v = t.values(),v[tuple(t.indices())]
+        if p.is_complex() and not v.is_complex(): v = v[..., None]
+        t,v = as_real(t),as_real(v)
+        return t,v if v.shape == t.shape else v.expand(t.shape)  # an optimizer may keep one number for several
 
 # %% ../nbs/20_metric.ipynb #7e26b81d
 _times,_steps,_most_steps = 8.,24,480  # size of the larger gradients; steps per run, and where it seldom moves
@@ -100,7 +127,7 @@ def _twin(opt, memo, stateless):
     vars(twin).update(deepcopy(attrs, memo))
     return twin
 
-def _sample(t): return _as_real(t.detach()).reshape(-1)[::max(t.numel()//2**16, 1)].double().cpu()
+def _sample(t): return as_real(t.detach()).reshape(-1)[::max(t.numel()//2**16, 1)].double().cpu()
 
 def _grad_size(state, hyper):
     "The size of the elements that make up most of the gradient, by its second moment; 1 where that is not known"
@@ -214,7 +241,7 @@ class OptMeter:
         "Begin a measurement, at the optimizer's present state"
         adaptive = self.metric.adaptive
         self.metric.refresh()
-        self.sums = GradSums((self.metric,) if self.metric.adaptive else ())
+        self.sums = GradSums((self.metric,) if self.metric.adaptive else (), self.sums.per_element)
         if not self.metric.adaptive or adaptive: return
         self.in_opt = NoiseAverage(self.beta)
         for row in rows: row |= self.in_opt.columns('opt_')

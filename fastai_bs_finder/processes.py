@@ -278,7 +278,7 @@ def _add_up(processes, sums, params, *values):
     device,n = processes.device,len(params)
     grads = sums.totals or [None]*n
     A = torch.zeros(_metrics, n, dtype=torch.float64, device=device)
-    if isinstance(sums.A, torch.Tensor): A[:len(sums.A)] = sums.A
+    if isinstance(norms := sums.batch_norms(), torch.Tensor): A[:len(norms)] = norms
     there = [float(g is not None) for g in grads]
     sparse = [float(sums.sparse_dims.get(i, 0)) for i in range(n)]
     head = torch.tensor([sums.k, sums.samples, *values, *there, *sparse], dtype=torch.float64, device=device)
@@ -293,7 +293,7 @@ def _add_up(processes, sums, params, *values):
         _send(dist.all_reduce, flat)
         torch._foreach_copy_(bucket, _unflatten_dense_tensors(flat, bucket))
     sums.k,sums.samples,sums.totals = int(k),int(samples),grads
-    sums.A = A.view(_metrics, n)[:len(sums.metrics)].to(params[0].device)
+    sums.norms,sums.squares = A.view(_metrics, n)[:len(sums.metrics)].to(params[0].device),None
     sums.sparse_dims = {i: int(s/t) for i,(s,t) in enumerate(zip(sparse, there)) if s and s % t == 0}
     return values
 

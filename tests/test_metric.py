@@ -12,7 +12,6 @@ from fastai.optimizer import Larc, Lookahead, ranger
 
 from fastai_bs_finder.all import *
 from fastai_bs_finder.demo import digits_learner
-from fastai_bs_finder.metric import _weighted_sq_norm
 from fastai_bs_finder.noise import GradSums
 from footprint import assert_no_footprint
 from learners import digits, loaders
@@ -138,8 +137,12 @@ def test_modules_add_up_and_frozen_ones_are_left_out():
 
 @pytest.mark.parametrize('shape', ((), (4, 1), (4, 3)))
 def test_one_second_moment_for_several_weights(shape):
-    g,v = torch.randn(4, 3),torch.rand(shape) + .1
-    assert float(_weighted_sq_norm(g, v, .9, 1e-3)) == pytest.approx(float((g.square()/((v/.9).sqrt() + 1e-3)).sum()), rel=1e-5)
+    g,p = torch.randn(4, 3),nn.Parameter(torch.zeros(4, 3))
+    opt = Adam([p], lr=1., sqr_mom=.9, eps=1e-3)
+    opt.state[p] = dict(sqr_avg=torch.rand(shape) + .1, step=3)
+    wanted = float((g.square()/((opt.state[p]['sqr_avg']/(1 - .9**3)).sqrt() + 1e-3)).sum())
+    metric = OptMetric(opt, [p])
+    assert float(metric([g])) == pytest.approx(wanted, rel=1e-5) and float(metric([g.square()], squared=True)) == pytest.approx(wanted, rel=1e-5)
 
 
 # Does the step normalize the gradient?

@@ -4,6 +4,7 @@ import math
 import numpy as np, pytest, torch
 from torch import nn
 
+from fastai_bs_finder import noise
 from fastai_bs_finder.noise import GradSums, Noise, NoiseAverage, NoiseMeter, ema_weights, fieller, noise_and_scale, sq_norm
 from reference import ema, flat_grad, paper_estimate
 
@@ -170,9 +171,9 @@ def test_a_measurement_that_is_not_finite_is_left_out():
 def test_squares_are_added_up_in_double_precision():
     one,many = torch.tensor([4096.]),[torch.ones(1)]*1000
     assert sq_norm([one, *many]).item() == 4096**2 + 1000
-    sums = GradSums()
+    sums = GradSums(per_element=False)
     for g in (one, *many): sums.add([g], 1)
-    assert sums.A.item() == 4096**2 + 1000
+    assert sums.batch_norms().item() == 4096**2 + 1000
 
 
 def test_errors():
@@ -278,3 +279,109 @@ def test_the_mean_of_sparse_gradients_is_sparse():
         if sparse: assert mean.sparse_dim() == 1 and mean._nnz() == 2
     sums.add(dense[:1], 4)
     assert not sums.pop_mean()[0].is_sparse                                   # nothing is left of the measurement before
+
+
+# Squares per element, and the way without them
+
+def all_kinds(k=6):
+    "Gradients of all kinds, batch by batch: two dtypes at one place, some missing, and something that is sparse once and dense once"
+    torch.manual_seed(0)
+    def one(i):
+        sparse = torch.randn(6, 3)*(torch.arange(6) % 2)[:, None]
+        return [torch.randn(5, 3, dtype=torch.complex64), torch.randn(4) if i % 2 else None, torch.randn(7).bfloat16(), torch.randn(300, dtype=torch.float16),
+                sparse.to_sparse(1), sparse.to_sparse(1) if i % 2 else sparse, torch.randn(6, dtype=torch.complex64).conj(), torch.randn(8).to(torch.float16 if i % 2 else torch.float32),
+                torch.randn(3, 2, dtype=torch.complex64).to_sparse(1), torch.randn(3).expand(4, 3), torch.randn(2, dtype=torch.float64), None]
+    return [one(i) for i in range(k)]
+
+
+def numbers(g):
+    g = g.to_dense() if g.is_sparse else g
+    return (torch.view_as_real(g.resolve_conj()) if g.is_complex() else g).double()
+
+
+def test_the_sums_of_all_kinds_of_gradients():
+    sums,batches = GradSums(per_element=True),all_kinds()
+    for i,grads in enumerate(batches): sums.add(grads, 3 + i, loss_scale=2.**i)
+    for j in range(len(batches[0])):
+        there = [(3 + i, 2.**i, numbers(grads[j])) for i,grads in enumerate(batches) if grads[j] is not None]
+        if not there:
+            assert sums.totals[j] is None and sums.squares[j] is None
+            continue
+        torch.testing.assert_close(numbers(sums.totals[j]), sum(b*g/s for b,s,g in there), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(sums.squares[j].double(), sum(b*(g/s)**2 for b,s,g in there), rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize('weighted', (False, True))
+def test_both_ways_say_the_same(weighted):
+    ways = [GradSums(per_element=o) for o in (True, False)]
+    for i,grads in enumerate(all_kinds()):
+        for s in ways: assert s.add(grads, 3 + i, 2.**i, i % 2 == 0, 1.5*i if weighted else None)
+    assert ways[1].squares.count(None) == len(ways[1].squares) and ways[0].squares.count(None) == 1
+    for a,b in zip(*(s.per_tensor() for s in ways)): np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('most', (16, 64))
+def test_groups_cover_every_number_once(most, monkeypatch):
+    monkeypatch.setattr(noise, '_most', dict(cpu=most))
+    torch.manual_seed(0)
+    ts = [torch.randn(s) for s in ((), (3,), (5, 20), (0,), (63,), (2, 2), (1000,))] + [torch.randn(40, 3).t(), None, torch.randn(9).double()]
+    seen = [0]*len(ts)
+    for places,a,b in noise.in_groups(ts, ts):
+        assert len({t.dtype for t in a}) == 1 and (len(a) == 1 or sum(t.numel() for t in a) <= most)
+        for i,x,y in zip(places, a, b):
+            assert torch.equal(x, y)
+            seen[i] += x.numel()
+    assert seen == [0 if t is None else t.numel() for t in ts]
+    np.testing.assert_allclose(noise.sq_norms(ts), [0 if t is None else float(t.double().square().sum()) for t in ts], rtol=1e-6)
+    np.testing.assert_allclose(noise.sq_norms([t if t is None else t.abs() for t in ts], squared=True), [0 if t is None else float(t.double().abs().sum()) for t in ts], rtol=1e-6)
+
+
+@pytest.mark.parametrize('snr', (1., .01))
+def test_sums_of_200_batches_in_float32(snr):
+    "Of a million elements with noises of very different sizes, one measurement against float64: errors of some 1e-7 in the noise, and as much of it in the scale"
+    torch.manual_seed(0)
+    n,k,b = 10**6,200,16
+    G,sd = torch.randn(n)*(snr/n)**.5,torch.logspace(-4, 0, n)
+    sums,total,squares = GradSums(),torch.zeros(n, dtype=torch.float64),torch.zeros(n, dtype=torch.float64)
+    for _ in range(k):
+        g = G + torch.randn(n)*sd
+        sums.add([g], b)
+        total += b*g.double()
+        squares += b*g.double()**2
+    found = sums.noise_and_scale()
+    exact = noise_and_scale(float(squares.sum()), float(total.square().sum()/(b*k)), b*k, k)
+    assert found.noise == pytest.approx(exact.noise, rel=1e-6)
+    assert abs(found.scale - exact.scale) < 1e-6*exact.noise/(b*k)
+
+
+@pytest.mark.parametrize('at', (0, 2, 5))
+def test_where_the_squares_do_not_fit_their_sums_are_kept(at, monkeypatch):
+    "From the beginning, or from the first gradient of another parameter on: the measurement is the same, and others do not try again"
+    torch.manual_seed(0)
+    batches = [[torch.randn(5), torch.randn(3) if i >= at else None] for i in range(6)]
+    expected,meter,start = GradSums(),NoiseMeter(),noise._start
+    def full(sums, there, w, squared=False):
+        if squared and any(i == 1 and sums[i] is None for i,_ in there): raise torch.OutOfMemoryError('no memory left')
+        return start(sums, there, w, squared)
+    for g in batches: expected.add(g, 4)
+    monkeypatch.setattr(noise, '_start', full)
+    for g in batches: meter.add(g, 4)
+    assert meter.sums.per_element is False and meter.sums.squares is None
+    for a,b in zip(meter.sums.per_tensor(), expected.per_tensor()): np.testing.assert_allclose(a, b, rtol=1e-5)
+    mean,wanted = meter.measure(),expected.pop_mean()
+    for a,b in zip(mean, wanted): torch.testing.assert_close(a, b)
+    for g in batches: meter.add(g, 4)
+    assert not any(s is not None for s in meter.sums.squares) and meter.sums.noise_and_scale() == pytest.approx(meter.measured[0], rel=1e-5)
+
+
+@pytest.mark.parametrize('free,reserved,used,fits', [(10**6, 0, 0, True), (7_999, 0, 0, False), (8_000, 5_000, 5_000, True), (4_000, 9_000, 5_000, True), (4_000, 9_000, 5_001, False),
+                                                     (8_000, 1_000, 10**9, True)])
+def test_room_on_a_gpu(free, reserved, used, fits, monkeypatch):
+    "Free, or reserved by PyTorch and never used. A step used more when its batch was larger: that does not matter"
+    monkeypatch.setattr(torch.cuda, 'mem_get_info', lambda d: (free, 10**9))
+    monkeypatch.setattr(torch.cuda, 'memory_reserved', lambda d: reserved)
+    monkeypatch.setattr(torch.cuda, 'max_memory_allocated', lambda d: used)
+    class OnGpu:
+        def __init__(self, n, size): self.device,self.numel,self.element_size = torch.device('cuda', 0),lambda: n,lambda: size
+    assert noise.has_room([OnGpu(600, 4), None, OnGpu(400, 2)]) == fits
+    assert noise.has_room([torch.ones(10**4)])
