@@ -65,8 +65,9 @@ class Elements:
         sizes:np.ndarray, # Batch sizes
         eps:float=1e-5, # What the optimizer adds to the root
         keep:float=.5, # EMA factor of what weights are made of, over measurements
+        lrs:torch.Tensor|float=1., # Learning rates of the elements, where they differ
     ):
-        self.sizes,self.eps,self.keep = np.asarray(sizes, float),eps,keep
+        self.sizes,self.eps,self.keep,self.lrs = np.asarray(sizes, float),eps,keep,lrs
         self.square,self.noise,self.samples,self.weight,self.weight2 = None,None,0.,0.,0.
 
     def add(self,
@@ -109,8 +110,8 @@ class Elements:
         phi,nu = [],[]
         for column in table.T:
             w = torch.where(on, column[i]/root, 0.)
-            phi.append((signal*w/(1 + self.eps*w)).sum())
-            nu.append((on/(1 + self.eps*w)**2).sum())
+            phi.append((self.lrs*signal*w/(1 + self.eps*w)).sum())
+            nu.append((on*(self.lrs/(1 + self.eps*w))**2).sum())
         return tuple(torch.stack(x).cpu().double().numpy() for x in (phi, nu))
 
 # %% ../nbs/15_adaptive.ipynb #b823400e

@@ -19,11 +19,11 @@ from .batches import how_to_count, loss_inputs, n_examples, part_of
 from .checks import check_whole
 from .loaders import Passes, dealt_out, len_or_none, n_items
 from .losses import BatchLoss
-from .metric import OptMeter, normalizes
+from .metric import OptMeter, Sample, normalizes
 from .mock import MockCallback, StepClock, loss_scale, pass_parts, set_gradients
 from .noise import GradSums, NoiseAverage
 from .order import BatchOrder
-from .result import BSResult, Run
+from .result import BSResult, ByElement, Run
 from .words import noise_scale_so_far
 
 # %% ../nbs/45_measure.ipynb #71ede3bf
@@ -58,7 +58,7 @@ class BSFinder(MockCallback):
         self.batch_loss,self._weighs,self._weights = BatchLoss(),False,[]
         self.order_of_batches,self._trained,self._turns = BatchOrder(),{},set()
         self._left_to_train,self._measuring,self._loss_sum,self._clock = 0,False,0.,StepClock()
-        self.first_loss,self.why_enough,self._opt_kind = torch.tensor(math.nan),'',''
+        self.first_loss,self.why_enough,self._kind,self.sample = torch.tensor(math.nan),'','',None
 
     def before_fit(self):
         if self.why_enough: self.why_enough,self._left_to_train,self._clock = '',self.n_train,StepClock()  # it goes on
@@ -193,7 +193,9 @@ def _complete(self:BSFinder, bs, loss_scale):
     if not all_took_part:
         return set_gradients(self.meter.params, self.meter.sums.pop_mean(loss_scale))  # somebody else's epoch was too short
     loss = loss_sum/self.meter.sums.samples
-    finite,mean = self.meter.end(),self.meter.sums.pop_mean(loss_scale)
+    finite = self.meter.end()
+    if finite: self._by_element()
+    mean = self.meter.sums.pop_mean(loss_scale)
     if not finite: self._leave_out('not finite')
     if not self.rows:
         self.run_facts.update(lr=float(self.opt.hypers[-1]['lr']), batch_norm=any(isinstance(m, _BatchNorm) and m.training for m in self.learn.model.modules()))
@@ -203,6 +205,20 @@ def _complete(self:BSFinder, bs, loss_scale):
     self.step_with(mean)
     self.why_enough = self.enough()
     if self.pbar and (comment := noise_scale_so_far(self.rows[-1], self.open_by)): self.pbar.comment = comment
+
+@patch
+def _by_element(self:BSFinder):
+    "Note what the elements tell of other batch sizes, where the optimizer divides each by the root of its second moment"
+    if self._opt_kind() != 'adam' or self.processes.size > 1: return
+    if self.sample is None:
+        sizes = self.bs*2.**np.arange(-6, 9)
+        self.sample = Sample(self.meter.params, sizes[sizes >= 1], self.meter.metric.lrs, self.meter.metric.eps)
+    self.sample.add(self.meter.sums)
+
+@patch
+def _opt_kind(self:BSFinder):
+    if not self._kind: self._kind = 'adam' if normalizes(self.meter.metric.opt) else 'sgd'
+    return self._kind
 
 @patch
 def columns(self:BSFinder) -> dict: # Of the simple noise scale, and with prefix `opt_` of the optimizer's
@@ -240,9 +256,11 @@ def after_batch(self:BSFinder):
 @patch
 def result(self:BSFinder) -> BSResult: # Without what is known of time and memory, and without suggestions
     "The measurements so far, and how they were taken"
-    if self.meter and not self._opt_kind: self._opt_kind = 'adam' if normalizes(self.meter.metric.opt) else 'sgd'
+    by_element = None
+    if self.sample and self.meter.metric.averages_squares:
+        by_element = ByElement(*(np.asarray(o).tolist() for o in (self.sample.elements.sizes, self.sample.phi, self.sample.nu)))
     names = [*('batch', 'step', 'samples', 'loss'), *NoiseAverage().columns(), *NoiseAverage().columns('opt_')]
     uneven = float(np.std(self._weights)/np.mean(self._weights)) if any(self._weights) else 0.
     facts = dict(bs=self.bs, spent=self.spent, stopped='ended' if self.spent < self.num_it and not self.why_enough else '', first_loss=float(self.first_loss),
-                 opt=self._opt_kind or 'sgd', loss=self.batch_loss.kind, uneven=uneven, mixed=self._take_turns())
-    return BSResult(pd.DataFrame(self.rows, columns=None if self.rows else names), Run(**facts | self.run_facts))
+                 opt=self._opt_kind() if self.meter else 'sgd', loss=self.batch_loss.kind, uneven=uneven, mixed=self._take_turns())
+    return BSResult(pd.DataFrame(self.rows, columns=None if self.rows else names), Run(**facts | self.run_facts), by_element=by_element)
