@@ -273,7 +273,7 @@ class OptMeter:
         "A row for a table of measurements"
         return self.simple.columns() | self.in_opt.columns('opt_')
 
-# %% ../nbs/20_metric.ipynb #58ee0baf
+# %% ../nbs/20_metric.ipynb #ea75882c
 _n_sampled = 2**14
 
 class Sample:
@@ -296,7 +296,7 @@ class Sample:
         sums, # The `GradSums` of a measurement
     ):
         "A measurement is complete. Nothing is learned of one whose squares are not known by element, or of a weighted mean"
-        if sums.squares is None or sums.spread_totals is not None: return
+        if not (sums.per_element and sums.squares) or sums.spread_totals is not None: return
         m,q = (torch.cat([self._picked(tensors[i], where) for i,where in self.places.items()]) for tensors in (sums.totals, sums.squares))
         found = self.elements.add(m, q, sums.k, sums.samples)
         if found: self.phi,self.nu = ([*rows, row] for rows,row in zip((self.phi, self.nu), found))

@@ -99,7 +99,7 @@ class Run:
     first_loss:float = math.nan # Training loss of the first batch
     n_epoch:int = 3 # Number of epochs that a training has at the batch size in use
     regret:float = .1 # How much longer than the fastest a choice may take, at its worst, to be clear
-    enough:str = '' # Why more measurements were not wanted: 'clear' where the choice was, 'cost' where they would have cost more than they could save, 'stuck' where nothing was learned any more
+    enough:str = '' # Why no more measurements were wanted: 'clear', the choice is; 'cost', they would cost more than they could save; 'stuck', the loss is
     stopped:str = '' # Why it stopped early, a key of `words.stops`
     stopped_by:int = 0 # Rank of the process that stopped
     missing:str = '' # Why a measurement was not completed, a key of `words.gaps`
@@ -146,7 +146,7 @@ class Race:
         noise = np.max([self.errors[at], self.errors[first]])  # `nan`, which nothing is beyond, where it is not known
         return self.sizes[first] if losses[at] - losses[first] > 2*noise else bs
 
-# %% ../nbs/21_result.ipynb #b8621c17
+# %% ../nbs/21_result.ipynb #5ab3fb72
 _fewest = 4  # measurements
 
 @dataclass(frozen=True)
@@ -244,7 +244,7 @@ class BSResult(Result):
     run:Run = field(default_factory=Run) # How they were taken
     profile:Profile = field(default_factory=Profile) # What is known of time and memory
     suggested:dict = field(default_factory=dict) # Batch sizes by the names of the functions that suggested them
-    by_element:ByElement|None = None # What the elements of the gradient tell of other sizes; `None`: the optimizer does not divide each by the root of its second moment
+    by_element:ByElement|None = None # What the elements of the gradient tell of other sizes; `None`: the optimizer is not of that kind
     race:Race|None = None # How the size in use and others fared in the same time; `None`: there was no race
     _parts = dict(run=Run, profile=Profile, race=Race, by_element=ByElement)
 
@@ -405,7 +405,7 @@ class BSResult(Result):
         bs:int, # A batch size
         n_epoch:int|None=None, # Number of epochs at the size in use; `None`: `run.n_epoch`
     ) -> tuple|None: # Number of epochs, learning rate, and the time they take relative to `n_epoch` at the size in use; `None` where there is no telling
-        "A training with `bs` that should reach the same loss, of a hundred steps at least; with a smaller size even where the noise scale is as large as it may be"
+        "A training with `bs` that should reach the same loss, of a hundred steps at least; with a smaller size, even at the largest noise scale of the interval"
         row,run,n_epoch = self.at_bs(bs),self.run,n_epoch or self.run.n_epoch
         if row is None: return
         least = fewest_steps(n_epoch*run.n/run.bs)/max(run.n/bs, 1) if run.n else 0
