@@ -58,7 +58,7 @@ class BSFinder(MockCallback):
         self.batch_loss,self._weighs,self._weights = BatchLoss(),False,[]
         self.order_of_batches,self._trained,self._turns = BatchOrder(),{},set()
         self._left_to_train,self._measuring,self._loss_sum,self._clock = 0,False,0.,StepClock()
-        self.first_loss,self.why_enough,self._kind,self.sample = torch.tensor(math.nan),'','',None
+        self.first_loss,self.why_enough,self._opt_kind,self.sample = torch.tensor(math.nan),'','',None
 
     def before_fit(self):
         if self.why_enough: self.why_enough,self._left_to_train,self._clock = '',self.n_train,StepClock()  # it goes on
@@ -209,16 +209,11 @@ def _complete(self:BSFinder, bs, loss_scale):
 @patch
 def _by_element(self:BSFinder):
     "Note what the elements tell of other batch sizes, where the optimizer divides each by the root of its second moment"
-    if self._opt_kind() != 'adam' or self.processes.size > 1: return
+    if not self.meter.metric.averages_squares or not self.meter.sums.squares: return
     if self.sample is None:
         sizes = self.bs*2.**np.arange(-6, 9)
         self.sample = Sample(self.meter.params, sizes[sizes >= 1], self.meter.metric.lrs, self.meter.metric.eps)
     self.sample.add(self.meter.sums)
-
-@patch
-def _opt_kind(self:BSFinder):
-    if not self._kind: self._kind = 'adam' if normalizes(self.meter.metric.opt) else 'sgd'
-    return self._kind
 
 @patch
 def columns(self:BSFinder) -> dict: # Of the simple noise scale, and with prefix `opt_` of the optimizer's
@@ -256,11 +251,10 @@ def after_batch(self:BSFinder):
 @patch
 def result(self:BSFinder) -> BSResult: # Without what is known of time and memory, and without suggestions
     "The measurements so far, and how they were taken"
-    by_element = None
-    if self.sample and self.meter.metric.averages_squares:
-        by_element = ByElement(*(np.asarray(o).tolist() for o in (self.sample.elements.sizes, self.sample.phi, self.sample.nu)))
+    if self.meter and not self._opt_kind: self._opt_kind = 'adam' if normalizes(self.meter.metric.opt) else 'sgd'
+    by_element = self.sample and ByElement(*(np.asarray(o).tolist() for o in (self.sample.elements.sizes, self.sample.phi, self.sample.nu)))
     names = [*('batch', 'step', 'samples', 'loss'), *NoiseAverage().columns(), *NoiseAverage().columns('opt_')]
     uneven = float(np.std(self._weights)/np.mean(self._weights)) if any(self._weights) else 0.
     facts = dict(bs=self.bs, spent=self.spent, stopped='ended' if self.spent < self.num_it and not self.why_enough else '', first_loss=float(self.first_loss),
-                 opt=self._opt_kind() if self.meter else 'sgd', loss=self.batch_loss.kind, uneven=uneven, mixed=self._take_turns())
+                 opt=self._opt_kind or 'sgd', loss=self.batch_loss.kind, uneven=uneven, mixed=self._take_turns())
     return BSResult(pd.DataFrame(self.rows, columns=None if self.rows else names), Run(**facts | self.run_facts), by_element=by_element)

@@ -273,8 +273,18 @@ class OptMeter:
         "A row for a table of measurements"
         return self.simple.columns() | self.in_opt.columns('opt_')
 
-# %% ../nbs/20_metric.ipynb #ea75882c
-_n_sampled = 2**14
+# %% ../nbs/20_metric.ipynb #59c199f3
+_n_sampled,_n_tensors = 2**12,24
+
+def _draw(numbers):
+    "Which of tensors with so many elements, and which of its elements: all of few, else some at random, out of some tensors at random"
+    if len(numbers) <= _n_tensors and numbers.sum() <= _n_sampled:
+        return [torch.cat(o) for o in zip(*((torch.full((n,), i), torch.arange(n)) for i,n in enumerate(numbers.tolist())))]
+    rng = torch.Generator().manual_seed(0)
+    few = len(numbers) <= _n_tensors
+    whose = torch.multinomial(numbers.double(), _n_sampled if few else _n_tensors, replacement=True, generator=rng)
+    if not few: whose = whose.repeat_interleave(_n_sampled//_n_tensors)
+    return whose,(torch.rand(len(whose), generator=rng, dtype=torch.float64)*numbers[whose]).long()
 
 class Sample:
     "φ and ν of a random sample of a model's elements, measurement by measurement"
@@ -284,12 +294,10 @@ class Sample:
         lrs:np.ndarray, # The learning rate of each parameter
         eps:float, # What the optimizer adds to the root
     ):
-        numbers = torch.tensor([p.numel()*(1 + p.is_complex()) for p in params])
-        ends,n = numbers.cumsum(0),int(numbers.sum())
-        picked = torch.randint(n, (_n_sampled,), generator=torch.Generator().manual_seed(0)).unique() if n > _n_sampled else torch.arange(n)
-        whose = torch.bucketize(picked, ends, right=True)
-        self.places = {i: picked[whose == i] - ends[i] + numbers[i] for i in whose.unique().tolist()}
-        self.elements = Elements(sizes, eps, lrs=torch.tensor(lrs/lrs.max(), dtype=torch.float32)[whose])
+        whose,where = _draw(torch.tensor([p.numel()*(1 + p.is_complex()) for p in params]))
+        self.places = {i: where[whose == i] for i in whose.unique().tolist()}
+        lrs = torch.tensor(lrs/lrs.max(), dtype=torch.float32)
+        self.elements = Elements(sizes, eps, lrs=torch.cat([lrs[i].expand(len(o)) for i,o in self.places.items()]))
         self.phi,self.nu = [],[]
 
     def add(self,

@@ -146,7 +146,7 @@ class Race:
         noise = np.max([self.errors[at], self.errors[first]])  # `nan`, which nothing is beyond, where it is not known
         return self.sizes[first] if losses[at] - losses[first] > 2*noise else bs
 
-# %% ../nbs/21_result.ipynb #5ab3fb72
+# %% ../nbs/21_result.ipynb #c5b92f75
 _fewest = 4  # measurements
 
 @dataclass(frozen=True)
@@ -405,7 +405,7 @@ class BSResult(Result):
         bs:int, # A batch size
         n_epoch:int|None=None, # Number of epochs at the size in use; `None`: `run.n_epoch`
     ) -> tuple|None: # Number of epochs, learning rate, and the time they take relative to `n_epoch` at the size in use; `None` where there is no telling
-        "A training with `bs` that should reach the same loss, of a hundred steps at least; with a smaller size, even at the largest noise scale of the interval"
+        "A training with `bs` that should reach the same loss, of a hundred steps at least; with a smaller size, even with the largest noise scale there may be"
         row,run,n_epoch = self.at_bs(bs),self.run,n_epoch or self.run.n_epoch
         if row is None: return
         least = fewest_steps(n_epoch*run.n/run.bs)/max(run.n/bs, 1) if run.n else 0

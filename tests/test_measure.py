@@ -67,7 +67,8 @@ def operations_of_measuring(n, opt_func, per_element, monkeypatch):
 def test_many_tensors_start_as_many_operations_as_few(opt_func, per_element, monkeypatch):
     few,many = (operations_of_measuring(n, opt_func, per_element, monkeypatch) for n in (20, 400))
     assert len(few) == len(many) == 5
-    for a,b in zip(few, many): assert b.total() <= 4/3*a.total() and a.total() < 80
+    for a,b in zip(few, many): assert b.total() <= 4/3*a.total()
+    assert max(o.total() for o in few[:-1]) < 80 and few[-1].total() < 400  # the last one completes the measurement; a sample of elements takes most of it
     assert max(o.total() for o in many[:-1]) < (20 if per_element else 40)
 
 
