@@ -273,8 +273,8 @@ class OptMeter:
         "A row for a table of measurements"
         return self.simple.columns() | self.in_opt.columns('opt_')
 
-# %% ../nbs/20_metric.ipynb #59c199f3
-_n_sampled,_n_tensors = 2**12,24
+# %% ../nbs/20_metric.ipynb #73aaf9dc
+_n_sampled,_n_tensors = 2**14,24
 
 def _draw(numbers):
     "Which of tensors with so many elements, and which of its elements: all of few, else some at random, out of some tensors at random"
