@@ -10,11 +10,10 @@ import io, math
 from base64 import b64encode
 from numbers import Real
 
-import numpy as np, matplotlib.pyplot as plt
+import numpy as np, pandas as pd, matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 from fastcore.basics import patch
 from fastai.learner import Recorder
-from .predict import rel_steps
 from .result import BSResult, NoiseScaleResult
 
 # %% ../nbs/33_plot.ipynb #9d7cc6ff
@@ -171,13 +170,12 @@ def plot_bs_layers(self:Recorder,
 # %% ../nbs/33_plot.ipynb #f86407ee
 def _plot_prediction(ax, q, top, found):
     "What `bs_find` said, through the measured value at the batch size that it was asked at"
-    if found is None or found.mean_noise_scale is None or q == 'seconds' and found.step_time is None: return
-    at = min(top.index, key=lambda b: abs(math.log(b/found.bs_in_use)))
-    per_step = found.step_time if q == 'seconds' else lambda b: b if q == 'examples' else 1.
+    if found is None or found.table is None or q == 'seconds' and found.step_time is None: return
+    column,at = 'time' if q == 'seconds' else q,min(top.index, key=lambda b: abs(math.log(b/found.bs_in_use)))
     bs = np.geomspace(top.index[0], top.index[-1], 50)
-    curves = [[top[q][at]*rel_steps(b, at, B)*per_step(b)/per_step(at) for b in bs] for B in found.mean_noise_scale]
-    ax.plot(bs, curves[0], c='C1', ls='--', lw=1.2, label='predicted by bs_find')
-    ax.fill_between(bs, *curves[1:], color='C1', alpha=.2, lw=0)
+    curves = pd.DataFrame([found.at_bs(b) for b in bs])[[column, f'{column}_lo', f'{column}_hi']]*top[q][at]/found.at_bs(at)[column]
+    ax.plot(bs, curves[column], c='C1', ls='--', lw=1.2, label='predicted by bs_find')
+    ax.fill_between(bs, curves[f'{column}_lo'], curves[f'{column}_hi'], color='C1', alpha=.2, lw=0)
 
 def _plot_to_target(result, found, axs):
     reached,fit = result.stats[result.stats.reached],result.fit

@@ -21,8 +21,8 @@ from fastcore.basics import patch
 from fastai.learner import Recorder
 from .adaptive import model_error, steps_and_lr, steps_interval
 from .noise import Noise, NoiseAverage, fieller
-from .predict import StepTime, compare, fewest_steps, growth, implied_noise_scale, noiseless_mean, regrets, scale_lr, sizes_between
-from .predict import steps_of_training, whole_epochs
+from .predict import StepTime, compare, fewest_steps, growth, implied_noise_scale, noiseless_mean, regrets, rel_examples
+from .predict import scale_lr, sizes_between, steps_of_training, whole_epochs
 
 # %% ../nbs/21_result.ipynb #f96bd5cf
 def _plain(x):
@@ -409,7 +409,7 @@ class BSResult(Result):
         row,run,n_epoch = self.at_bs(bs),self.run,n_epoch or self.run.n_epoch
         if row is None: return
         least = fewest_steps(n_epoch*run.n/run.bs)/max(run.n/bs, 1) if run.n else 0
-        rel_epochs = row['epochs_hi' if bs < run.bs else 'epochs']
+        rel_epochs = rel_examples(bs, run.bs, self.noise_scale_for(bs)[2]) if bs < run.bs else row['epochs']
         sec_per_epoch = row['time']/row['epochs']
         epochs = whole_epochs(n_epoch, rel_epochs, sec_per_epoch*rel_epochs, least)
         return epochs,row['lr'],float(sec_per_epoch*epochs/n_epoch)
