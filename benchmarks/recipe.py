@@ -172,7 +172,7 @@ def page():
     def named(d): return ', '.join(f'{r.task} from {r.bs0}' for r in d.itertuples())
     picture(df)
     def md(d):
-        d = d.map(lambda o: f'{o:.2f}' if isinstance(o, float) else o)
+        d = d.map(lambda o: '' if pd.isna(o) else f'{o:.2f}' if isinstance(o, float) else o)
         return d.to_markdown(index=False, disable_numparse=True, colalign=['left'] + ['right']*(d.shape[1] - 1))
     n_seeds = df.seed.nunique()
     write_page('recipe', 'Does it pay?', f"""Made by `benchmarks/recipe.py` from the trainings in `recipe.csv`, which it runs first (`make recipe`; tasks in `recipe_tasks.py`), {n_seeds} seed{'s'*(n_seeds > 1)}. The baseline is what a newcomer types: `lr_find().valley`, then `fit_one_cycle`. With the finder, between the two:

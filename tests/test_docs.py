@@ -27,6 +27,11 @@ def site(shared_tmp):
     return out,{p: BeautifulSoup(p.read_text(), 'html.parser') for p in out.rglob('*.html')}
 
 
+def test_the_readme_has_the_recipes_table():
+    table = re.search(r'^\| from bs.*?\n\n', (root/'benchmarks/recipe.md').read_text(), re.M | re.S)[0]
+    assert table.count('\n') == 7 and table in (root/'README.md').read_text()
+
+
 @pytest.mark.slow
 def test_pages(site):
     out,pages = site
