@@ -105,7 +105,7 @@ class OptMetric:
         pairs,sums = [self._pair(*o) for o in zip(self.params, tensors, self.moments)],{}
         for root in (True, False):
             ts,vs = zip(*(o if o and m[3] == root else (None, None) for o,m in zip(pairs, self.moments)))
-            for places,t,v in in_groups(ts, vs):
+            for places,t,v in in_groups((ts, vs)):
                 _,debias,eps,_ = zip(*(self.moments[i] for i in places))
                 for i,s in zip(places, _weighted_sums(t, v, debias, eps, root, squared)): sums.setdefault(i, []).append(s)
         return in_row(sums, len(tensors), next(t for t in tensors if t is not None).device)

@@ -39,7 +39,7 @@ def noise_and_scale(
 _most = dict(cpu=2**17)  # numbers in a group: what fits in a CPU's cache
 
 def in_groups(
-    *lists:list, # Lists of equal length of dense tensors: those at one place have one shape. Where the first list has `None`, the place is left out
+    lists:list|tuple, # Lists of equal length of dense tensors: those at one place have one shape. Where the first list has `None`, the place is left out
 ) -> Iterator[tuple]: # The places, and a list of tensors for each of `lists`
     "Go through tensors in groups of a bounded size; large ones come in several flat pieces"
     groups = {}
@@ -98,7 +98,7 @@ def sq_norms(
 ) -> torch.Tensor: # |t|² of each, on the first tensor's device
     "Squared norm of each of `tensors`, summed in float32 at least"
     sums = {}
-    for places,ts in in_groups([t if t is None else as_real(t.coalesce().values() if t.is_sparse else t) for t in tensors]):
+    for places,ts in in_groups([[t if t is None else as_real(t.coalesce().values() if t.is_sparse else t) for t in tensors]]):
         if not squared:
             ts = as_dtype(ts, torch.promote_types(ts[0].dtype, torch.float32))
             ts = torch._foreach_mul(ts, ts)
@@ -269,7 +269,7 @@ def _add(sums, there, w, squared=False):
             (alike if g.dtype == s.dtype else narrow).append((s, g))
     if alike: add(*map(list, zip(*alike)))
     if narrow:
-        for _,s,g in in_groups(*zip(*narrow)): add(s, as_dtype(g, s[0].dtype))
+        for _,s,g in in_groups([*zip(*narrow)]): add(s, as_dtype(g, s[0].dtype))
 
 def _squares_of_sparse(g, like):
     g = g.coalesce()

@@ -326,7 +326,7 @@ def test_groups_cover_every_number_once(most, monkeypatch):
     torch.manual_seed(0)
     ts = [torch.randn(s) for s in ((), (3,), (5, 20), (0,), (63,), (2, 2), (1000,))] + [torch.randn(40, 3).t(), None, torch.randn(9).double()]
     seen = [0]*len(ts)
-    for places,a,b in noise.in_groups(ts, ts):
+    for places,a,b in noise.in_groups((ts, ts)):
         assert len({t.dtype for t in a}) == 1 and (len(a) == 1 or sum(t.numel() for t in a) <= most)
         for i,x,y in zip(places, a, b):
             assert torch.equal(x, y)
