@@ -830,6 +830,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                          'fastai_bs_finder/result.py'),
                                          'fastai_bs_finder.result.BSResult._sizes': ( 'result.html#bsresult._sizes',
                                                                                       'fastai_bs_finder/result.py'),
+                                         'fastai_bs_finder.result.BSResult._steps_in_use': ( 'result.html#bsresult._steps_in_use',
+                                                                                             'fastai_bs_finder/result.py'),
                                          'fastai_bs_finder.result.BSResult._times': ( 'result.html#bsresult._times',
                                                                                       'fastai_bs_finder/result.py'),
                                          'fastai_bs_finder.result.BSResult.advised': ( 'result.html#bsresult.advised',

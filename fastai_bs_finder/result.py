@@ -160,13 +160,14 @@ class ByElement:
 
     def relative_to(self,
         bs0:int, # A batch size
+        steps0:float=math.inf, # Number of steps of a training with it, which no training gets far below, see `steps_interval`
     ) -> dict|None: # Logarithms of steps, their ends with and without the error of the rule, and learning rates, by name; `None`: not known
         "What every one of `sizes` takes relative to `bs0`"
         phi,nu,x = np.array(self.phi),np.array(self.nu),np.log(self.sizes)
         if len(self) < _fewest: return
         at = int(np.abs(x - math.log(bs0)).argmin())
-        steps,lo,hi = steps_interval(phi, nu, self.sizes, at, error=1.)
-        _,low,high = steps_interval(phi, nu, self.sizes, at, error=model_error)
+        steps,lo,hi = steps_interval(phi, nu, self.sizes, at, steps0, error=1.)
+        _,low,high = steps_interval(phi, nu, self.sizes, at, steps0, error=model_error)
         found = dict(steps=steps, lo=lo, hi=hi, low=low, high=high, lr=steps_and_lr(phi, nu, at)[1])
         if not all(np.isfinite(v).all() and (v > 0).all() for v in found.values()): return
         logs = {k: np.log(v) for k,v in found.items()}
@@ -304,7 +305,14 @@ class BSResult(Result):
         return min(mean, _largest*max(bs, run.bs)),*sorted(ends)
 
     @cached_property
-    def _elements(self): return None if self.by_element is None or self.run.biased else self.by_element.relative_to(self.run.bs)
+    def _elements(self):
+        if self.by_element is None or self.run.biased: return
+        return self.by_element.relative_to(self.run.bs, self._steps_in_use)
+
+    @property
+    def _steps_in_use(self):
+        "Number of steps of a training of `run.n_epoch` epochs with the size in use; infinite: not known"
+        return self.run.n_epoch*self.run.n/self.run.bs if self.run.n else math.inf
 
     def _element(self, name, bs): return float(np.exp(np.interp(math.log(bs), np.log(self.by_element.sizes), self._elements[name])))
 
@@ -380,7 +388,7 @@ class BSResult(Result):
         bs0,run = self.run.bs,self.run
         most = min(foreseen*max(self.profile.step_time), self.largest or math.inf)
         sizes = [bs for bs in self._sizes if bs == bs0 or bs <= most and self.works(bs)]
-        steps0 = run.n_epoch*run.n/bs0 if run.n else math.inf
+        steps0 = self._steps_in_use
         steps = np.array([[steps_of_training(bs, bs0, B, steps0) for B in _within(*self.noise_scale_for(bs))] for bs in sizes])
         rel = steps*np.array([[self.step_time(bs)/self.step_time(bs0)] for bs in sizes])
         worst = rel.max(1)

@@ -59,6 +59,13 @@ def test_elements_outvote_the_noise_scale():
     assert old.changed(by_element=one_ratio(1000), biased=True).at_bs(256) == old.at_bs(256)
 
 
+def test_no_training_gets_far_below_twenty_steps():
+    facts = dict(opt='adam', lr_given=.01, spent=10**6, by_element=one_ratio(10**5))
+    long,short = (result(*[(300, 250, 350)]*3, n=n, n_epoch=1, **facts) for n in (10**6, 64*50))
+    assert long.at_bs(1024)['steps'] == pytest.approx(1/16, rel=.1) and short.at_bs(1024)['steps'] == pytest.approx(.4, rel=.02)
+    assert short.at_bs(96)['steps'] == pytest.approx(long.at_bs(96)['steps'], rel=.02)
+
+
 def test_scatter_is_an_interval():
     old = result(*[(300, 250, 350)]*3, opt='adam', lr_given=.01, step_time={64: .01, 256: .02})
     rng = np.random.default_rng(1)
