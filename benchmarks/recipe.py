@@ -74,7 +74,7 @@ def run_all(names, seeds):
 
 
 def settled(df):
-    "With the finder's training time that of the baseline, and the other way round, the mean of both, where they are the same computation: bit for bit the same training"
+    "Where the training with the finder is bit for bit the baseline's, both get the mean of their times"
     df = df.copy()
     same = ['task', 'bs0', 'seed', 'bs', 'lr', 'epochs', 'valid_loss', 'value']
     both = df[df.way.isin(['baseline', 'bs_find'])]
@@ -167,8 +167,8 @@ def page():
     slow,found = c[c.seconds >= long],df[df.way == 'bs_find']
     worse,worst,late = c[c.worse > c.sd],c.loc[c.total.idxmax()],c.late.sum()
     refused = found.said.str.startswith('ValueError').sum()
-    base,whole = ({(r.task, r.seed): r.total for r in df[(df.way == way) & (df.bs0 == from_)].itertuples()} for way in ('baseline', f'bs {article}'))
-    epochs = [whole[k]/base[k] for k in base.keys() & whole if k[0] in {*slow.task[slow.bs0 == from_]}]
+    same = df[(df.bs0 == from_) & df.task.isin(slow.task[slow.bs0 == from_])].pivot(index=['task', 'seed'], columns='way', values='total')
+    epochs = (same[f'bs {article}']/same.baseline).dropna() if len(same) else []
     def named(d): return ', '.join(f'{r.task} from {r.bs0}' for r in d.itertuples())
     picture(df)
     def md(d):
@@ -184,7 +184,7 @@ A task's trainings run one after the other in a process with one thread, two tas
          f"`bs_find` names a fastest batch size in {found.fastest.notna().sum()} of {len(found)} calls" + (f", and refuses in {refused}, after which the training goes on as without it" if refused else '') + ". " + (f"In {late} it takes more than 60 s and more than half of the baseline's time." if late else "None takes more than the longer of 60 s and half of the baseline's time.")],
         [f"The longest total is {worst.total:.2f} of the baseline's {worst.seconds:.3g} s: {worst.task} from bs={worst.bs0}." + (f" Of {long} s or more, the longest is {slow.total.max():.2f}: {named(slow.nlargest(1, 'total'))}." if len(slow) and worst.seconds < long else ''),
          len(worse) and f"The metric is worse by more than a standard deviation: {named(worse)}.",
-         epochs and f"An epoch with bs={article} takes {geomean(epochs):.2f} of the time of one with bs={from_} on this machine, in the tasks of {long} s or more: no size up to {article} can save more than that from {from_}, even if no example were lost and finding took no time.",
+         len(epochs) and f"An epoch with bs={article} takes {geomean(epochs):.2f} of the time of one with bs={from_} on this machine, in the tasks of {long} s or more: no size up to {article} can save more than that from {from_}, even if no example were lost and finding took no time.",
          "Small data train in seconds: whatever a finder takes is more than it can save there."],
         f"""![Total time against the validation metric](recipe.png)
 

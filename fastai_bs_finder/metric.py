@@ -18,9 +18,10 @@ from .adaptive import Elements
 from .noise import GradSums, Noise, NoiseAverage, as_dtype, as_real, in_groups, in_row, sums_of
 
 # %% ../nbs/20_metric.ipynb #26b10e4a
-def _moment_name(state):
-    names = 'max_exp_avg_sq', 'exp_avg_sq', 'sqr_avg', 'square_avg', 'sum', 'exp_inf'  # those that fastai and PyTorch give it
-    return next((k for k in names if isinstance(state.get(k), torch.Tensor)), None)
+_averages = 'max_exp_avg_sq','exp_avg_sq','sqr_avg','square_avg'  # names that fastai and PyTorch give it: averages of squares
+_moments = *_averages,'sum','exp_inf'
+
+def _moment_name(state): return next((k for k in _moments if isinstance(state.get(k), torch.Tensor)), None)
 
 def _second_moment(state, hyper):
     "What the step is divided by: `v̂`'s state, its debiasing factor, eps, whether the root is taken; `None` where there is none (yet)"
@@ -84,7 +85,7 @@ class OptMetric:
     @property
     def averages_squares(self) -> bool:
         "Does the optimizer divide by the root of an average of squares, as Adam does?"
-        return any(_moment_name(s) in ('max_exp_avg_sq', 'exp_avg_sq', 'sqr_avg', 'square_avg') for s in self._states)
+        return any(_moment_name(s) in _averages for s in self._states)
 
     @property
     def eps(self) -> float:
@@ -307,7 +308,8 @@ class Sample:
         if not (sums.per_element and sums.squares) or sums.spread_totals is not None: return
         m,q = (torch.cat([self._picked(tensors[i], where) for i,where in self.places.items()]) for tensors in (sums.totals, sums.squares))
         found = self.elements.add(m, q, sums.k, sums.samples)
-        if found: self.phi,self.nu = ([*rows, row] for rows,row in zip((self.phi, self.nu), found))
+        if found is None: return
+        for rows,row in zip((self.phi, self.nu), found): rows.append(row)
 
     def _picked(self, t, where):
         if t is None: return torch.zeros(len(where))

@@ -28,12 +28,11 @@ def implied_noise_scale(
     steps:float, # Ratio of the numbers of steps
     bs:float, # The new batch size
     bs0:float, # The batch size it is compared with
-    most:float=math.inf, # What stands for the largest there may be
-) -> float: # The noise scale, from 0 to `most`
+) -> float: # The noise scale: 0 where the steps are as many or there is no other size, infinite where they are in proportion
     "The noise scale with which `rel_steps` is `steps`"
-    ends = sorted([1., bs0/bs])
-    if bs == bs0 or not ends[0] < steps < ends[1]: return 0. if bs == bs0 or abs(steps - 1) < abs(steps - bs0/bs) else most
-    return min((1 - steps)/(steps/bs0 - 1/bs), most)
+    none,all_ = 1.,bs0/bs  # what noise scales of 0 and without bound give
+    if min(none, all_) < steps < max(none, all_): return (1 - steps)/(steps/bs0 - 1/bs)
+    return 0. if bs == bs0 or abs(steps - none) < abs(steps - all_) else math.inf
 
 def rel_examples(
     bs:float, # The new batch size

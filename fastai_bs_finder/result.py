@@ -105,6 +105,11 @@ class Run:
     missing:str = '' # Why a measurement was not completed, a key of `words.gaps`
     biased:bool = False # Did every batch step, as in older tools?
 
+    @property
+    def steps(self) -> float:
+        "Number of steps of a training of `n_epoch` epochs with the size in use; infinite: not known"
+        return self.n_epoch*self.n/self.bs if self.n else math.inf
+
 @dataclass(frozen=True)
 class Profile:
     "What is known of the time and the memory of training steps"
@@ -288,31 +293,29 @@ class BSResult(Result):
     @cached_property
     def noise_scale_ahead(self) -> tuple|None:
         "The noise scale averaged over a training of `run.n_epoch` epochs, of which the mock training is the beginning, see `growth`"
-        run = self.run
         if self.mean_noise_scale is None: return
-        by = growth(run.spent*(run.measured_bs or run.bs), run.n_epoch*run.n) if run.n and run.spent else 1.
-        return tuple(float(B*by) for B in self.mean_noise_scale)
+        return tuple(float(B*self._growth) for B in self.mean_noise_scale)
+
+    @property
+    def _growth(self):
+        run = self.run
+        return growth(run.spent*(run.measured_bs or run.bs), run.n_epoch*run.n) if run.n and run.spent else 1.
 
     def noise_scale_for(self,
         bs:int, # A batch size
         with_error:bool=False, # Is the error of the rule part of the interval? Else it is the scatter of the measurements alone
     ) -> tuple|None: # It and the ends of its interval; `None` where nothing is known
         "The noise scale that tells what a training with `bs` takes: of an adaptive optimizer, it is another one for each size, see `ByElement`"
-        run,ahead = self.run,self.noise_scale_ahead
-        if ahead is None or bs == run.bs or self._elements is None: return ahead
-        by = ahead[0]/self.mean_noise_scale[0]
-        mean,*ends = (by*implied_noise_scale(self._element(k, bs), bs, run.bs) for k in ('steps', *(('low', 'high') if with_error else ('lo', 'hi'))))
-        return min(mean, _largest*max(bs, run.bs)),*sorted(ends)
+        bs0,ahead = self.run.bs,self.noise_scale_ahead
+        if ahead is None or bs == bs0 or self._elements is None: return ahead
+        names = 'steps',*(('low', 'high') if with_error else ('lo', 'hi'))
+        mean,*ends = (self._growth*implied_noise_scale(self._element(name, bs), bs, bs0) for name in names)
+        return min(mean, _largest*max(bs, bs0)),*sorted(ends)
 
     @cached_property
     def _elements(self):
         if self.by_element is None or self.run.biased: return
-        return self.by_element.relative_to(self.run.bs, self._steps_in_use)
-
-    @property
-    def _steps_in_use(self):
-        "Number of steps of a training of `run.n_epoch` epochs with the size in use; infinite: not known"
-        return self.run.n_epoch*self.run.n/self.run.bs if self.run.n else math.inf
+        return self.by_element.relative_to(self.run.bs, self.run.steps)
 
     def _element(self, name, bs): return float(np.exp(np.interp(math.log(bs), np.log(self.by_element.sizes), self._elements[name])))
 
@@ -388,8 +391,7 @@ class BSResult(Result):
         bs0,run = self.run.bs,self.run
         most = min(foreseen*max(self.profile.step_time), self.largest or math.inf)
         sizes = [bs for bs in self._sizes if bs == bs0 or bs <= most and self.works(bs)]
-        steps0 = self._steps_in_use
-        steps = np.array([[steps_of_training(bs, bs0, B, steps0) for B in _within(*self.noise_scale_for(bs))] for bs in sizes])
+        steps = np.array([[steps_of_training(bs, bs0, B, run.steps) for B in _within(*self.noise_scale_for(bs))] for bs in sizes])
         rel = steps*np.array([[self.step_time(bs)/self.step_time(bs0)] for bs in sizes])
         worst = rel.max(1)
         return pd.DataFrame(dict(time=np.where(np.array(sizes) < bs0, worst, rel[:, 0]), worst=worst, regret=regrets(rel)), index=pd.Index(sizes, name='bs'))

@@ -207,8 +207,7 @@ def _why_stay(result):
     if result.race and any(result.race.winner(bs) == bs0 for bs in result.race.sizes[1:]): return f"{stay}: i{_as_raced(result)}."
     best = times.time.idxmin()
     if doubt := _doubt(times, run.regret): return _stay(result, doubt)
-    steps = run.n_epoch*run.n/run.bs if run.n else math.inf
-    where = "here" if steps > 2*least_steps else f"in a training of {as_number(steps)} steps, of which a schedule needs {least_steps}"
+    where = "here" if run.steps > 2*least_steps else f"in a training of {as_number(run.steps)} steps, of which a schedule needs {least_steps}"
     return f"{stay}: no other batch size should be much faster {where}{f' (bs={best}: {as_ratio(times.time[best])} of the time)' if best != bs0 else ''}."
 
 def _what_to_do(result):
