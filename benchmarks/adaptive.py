@@ -8,8 +8,9 @@ from fastai.basics import CancelBatchException, CancelFitException, Callback
 
 from fastai_bs_finder.adaptive import Elements, fewest, model_error, ratios, steps_and_lr, steps_interval
 from prediction import off
-from tasks import tasks
-from training import best_runs, bs0, geomean, here, seeds, sizes
+from common import here
+from tasks import sizes, tasks
+from training import best_runs, bs0, geomean, lowest_point, seeds
 
 kept = here.parent/'build'/'adaptive'
 at_sizes,at = np.array(sizes),sizes.index(bs0)
@@ -146,35 +147,22 @@ def one_lr(phi, nu, at, beta=.9):
     return steps/steps[at],lr/lr[at]
 
 
-def interpolated(name, target, bs):
-    "Learning rate and steps at the lowest point of a parabola through the best of the grid and its neighbours"
-    runs = trained()[0]
-    runs = runs[(runs.task == name) & (runs.target == target) & (runs.bs == bs)].groupby('lr').steps.agg(geomean)
-    runs = runs[np.isfinite(runs)]
-    x,y = np.log(runs.index.to_numpy(float)),np.log(runs.to_numpy())
-    i = y.argmin()
-    if not 0 < i < len(x) - 1: return math.exp(x[i]),math.exp(y[i])
-    p = np.polyfit(x[i-1:i+2] - x[i], y[i-1:i+2], 2)
-    least = np.clip(-p[1]/(2*p[0]), -.35, .35)
-    return math.exp(x[i] + least),math.exp(np.polyval(p, least))
-
-
 def measured(name, target):
-    "Steps and learning rates relative to `bs0`: of the grid's best, and interpolated"
-    best = trained()[1]
-    grid = np.array([(float(best.lr[name, target, b]), best.steps[name, target, b]) for b in sizes])
-    between = np.array([interpolated(name, target, b) for b in sizes])
+    "Steps and learning rates relative to `bs0`, `nan` where there was no such training: of the grid's best, and interpolated"
+    grid = trained()[1].loc[name, target].reindex(sizes)[['lr', 'steps']].astype(float).to_numpy()
+    between = np.array([lowest_point(trained()[0], name, target, b) for b in sizes])
     return [o for x in (grid, between) for o in (x/x[at]).T[::-1]]
 
 
 def judge(cases, curves, average=steps_and_lr, k=10, n_train=10, of=seeds):
     "Mean and largest error of steps and learning rates, a row per case; geometric means over seeds"
-    rows,others = [],[i for i in range(len(sizes)) if i != at]
+    rows = []
     for name,target in cases:
         found = [average(*curves(recorded(name, target, k, n_train, seed)), at) for seed in of]
         steps,lr = (np.exp(np.mean([np.log(f[i]) for f in found], 0)) for i in (0, 1))
         steps = np.maximum(steps, fewest/trained()[1].steps[name, target, bs0])
         true = measured(name, target)
+        others = [i for i,m in enumerate(true[0]) if i != at and math.isfinite(m)]
         errors = [off(x[others], m[others]) for x,m in zip((steps, lr)*2, true)]
         rows.append(dict(case=f'{name} {target}') | {q: e for q,e in zip(('steps', 'lr', 'steps, interpolated', 'lr, interpolated'), errors)} |
                     dict(ratio=' '.join(f'{x:.2f}' for x in steps/true[0])))
@@ -189,7 +177,7 @@ def coverage(cases, curves, error=model_error):
         for seed in seeds:
             phi,nu = curves(recorded(name, target, 10, 10, seed))
             steps,lo,hi = steps_interval(phi, nu, at_sizes, at, best.steps[name, target, bs0], error=error)
-            hits += [lo[i] <= m[i] <= hi[i] for i in range(len(sizes)) if i != at]
+            hits += [lo[i] <= m[i] <= hi[i] for i in range(len(sizes)) if i != at and math.isfinite(m[i])]
         res[f'{name} {target}'] = float(np.mean(hits))
     return res
 

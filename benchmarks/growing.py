@@ -4,9 +4,9 @@ import argparse, math
 import pandas as pd
 
 from fastai_bs_finder.grow import GrowBatch
-from common import panels, write_page
+from common import here, panels, write_page
 from tasks import tasks
-from training import best_runs, geomean, here, ToTargets
+from training import best_runs, geomean, ToTargets
 
 start,constant,seeds = 16,(16, 64, 256, 1024),(0, 1)
 compared = {'MNIST, MLP, SGD': .1, 'ADULT, tabular_learner, Adam': .338}

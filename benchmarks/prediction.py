@@ -7,18 +7,17 @@ from matplotlib.figure import Figure
 import fastai_bs_finder.finder
 from fastai_bs_finder.predict import noiseless_mean, rel_steps
 from fastai_bs_finder.suggest import fastest
-from common import at_once, write_page
+from common import at_once, here, write_page
 from hessian import HessianFinder
 from tasks import tasks
-from training import best_runs, bs0, geomean, here, seeds, sizes, step_seconds, train
+from training import best_runs, bs0, geomean, lowest_point, seeds, step_seconds, train
 
 
 def found(task, lr, steps, seed, **kwargs):
     "What `bs_find` finds in a mock training as long as the real one, with time enough for the profile: these trainings take seconds"
     learn = task.make(bs0, seed)
     learn.bs_find(lr, max(math.ceil(steps*20/11), 100), 10, show_plot=False, regret=0, race=False, **{'profile': 1., **kwargs})
-    run = learn.recorder.bs_result.run
-    result = learn.recorder.bs_result.changed(n_epoch=run.spent*bs0/run.n)  # no longer than it was: no growth of the noise scale ahead
+    result = learn.recorder.bs_result.changed(n_epoch=steps*bs0/learn.recorder.bs_result.run.n)
     return result,fastest(result) or bs0
 
 
@@ -47,9 +46,11 @@ def seconds_per_step(task, lrs, rounds=3):
 
 def noise_scales(name, lr, steps, n_seeds):
     "The average of each of the three noise scales, over noiseless steps"
-    tables = [found(tasks[name], lr, steps, seed, finder=HessianFinder, profile=False)[0].stats for seed in range(n_seeds)]
+    kwargs = dict(finder=HessianFinder) if tasks[name].hessian else {}
+    tables = [found(tasks[name], lr, steps, seed, profile=False, **kwargs)[0].stats for seed in range(n_seeds)]
     def mean(B): return noiseless_mean(B[B > 0], bs0)
-    return {label: geomean([mean(stats[f'{prefix}noise_scale']) for stats in tables]) for label,prefix in dict(simple='', optimizer='opt_', Hessian='full_').items()}
+    columns = {'simple': 'noise_scale', 'optimizer': 'opt_noise_scale', 'Hessian': 'full_noise_scale'}
+    return {label: geomean([mean(stats[c]) for stats in tables]) for label,c in columns.items() if c in tables[0]}
 
 
 def off(predicted, measured):
@@ -81,7 +82,8 @@ def main():
     p.add_argument('--tasks', nargs='*', default=list(tasks), help='their names')
     p.add_argument('--seeds', type=int, default=1, help='mock trainings per target')
     args = p.parse_args()
-    best = best_runs(pd.read_csv(here/'training.csv'))
+    runs = pd.read_csv(here/'training.csv')
+    best = best_runs(runs)
     starts = {(name, target): (float(best.lr[name, target, bs0]), best.steps[name, target, bs0]) for name in args.tasks for target in tasks[name].targets}
     noise = dict(zip(starts, at_once(noise_scales, [(name, *start, args.seeds) for (name,_),start in starts.items()])))
     tables,suggested,seconds,costs = {},{},{},[]
@@ -105,14 +107,18 @@ def main():
         reached = [b for b in m.index if math.isfinite(m.steps[b])]
         others = [b for b in reached if b != bs0]
         def predicted(q, b): return geomean([t.loc[b, q] for t in ratios])
+        lr_best = {b: lowest_point(runs, name, target, b)[0] for b in reached}
         for b in m.index:
             ok = b in reached
             rows.append(dict(task=name, target=target, bs=b, lr=m.lr[b] if ok else math.nan, steps=m.steps[b], steps_ratio=m.steps[b]/m.steps[bs0], predicted_steps=predicted('steps', b),
-                             time_ratio=m.steps[b]*sec[b]/(m.steps[bs0]*sec[bs0]), predicted_time=predicted('time', b)))
+                             time_ratio=m.steps[b]*sec[b]/(m.steps[bs0]*sec[bs0]), predicted_time=predicted('time', b),
+                             lr_ratio=lr_best[b]/lr_best[bs0] if ok else math.nan, predicted_lr=predicted('lr', b)/float(m.lr[bs0])))
         r = pd.DataFrame(rows[-len(m):]).set_index('bs').loc[others]
         e = dict(task=name, target=target)
         e['steps, mean'],e['steps, largest'] = off(r.predicted_steps, r.steps_ratio)
         e['time, mean'],e['time, largest'] = off(r.predicted_time, r.time_ratio)
+        e['lr, largest'] = off(r.predicted_lr, r.lr_ratio)[1]
+        e['covered'] = np.mean([t.steps_lo[b] <= r.steps_ratio[b] <= t.steps_hi[b] for t in ratios for b in others])
         e |= {label: off([rel_steps(b, bs0, B) for b in others], r.steps_ratio)[0] for label,B in noise[name, target].items()}
         errors.append(e)
         for f in suggested[name, target]:
@@ -123,13 +129,15 @@ def main():
     rows,errors,costs,choices = map(pd.DataFrame, (rows, errors, costs, choices))
     rows.to_csv(here/'prediction.csv', index=False, float_format='%.4g')
     picture(rows)
-    def md(df): return df.to_markdown(index=False, floatfmt='.3g')
+    def md(df): return df.to_markdown(index=False, floatfmt='.3g', missingval='')
+    n_covered = rows[rows.bs != bs0].groupby(['task', 'target'], sort=False).size().to_numpy()
     worst,slowest = errors.loc[errors['steps, mean'].idxmax()],choices.loc[choices.ratio.idxmax()]
     over = errors[errors['steps, mean'] > 1.5]
     write_page('prediction', 'Predicted and measured', f"""Made by `benchmarks/prediction.py` from the real trainings in `training.csv` (`benchmarks/training.py`): at each batch size the best of a grid of learning rates by factors of 2, {len(seeds)} seeds,
 steps until the training loss on 2,000 fixed training examples is at the target. Times are those steps times the seconds of a step in real training, the least of three rounds of medians. Predictions are what `bs_find` says at bs={bs0}, with the best learning rate there and a mock
 training as long as the real one, {args.seeds} seed{'s' if args.seeds > 1 else ''}.""",
-        [f"Steps to the same loss, predicted for batch sizes from {min(sizes)} to {max(sizes):,}, are off by factors of {errors['steps, mean'].min():.2f} to {errors['steps, mean'].max():.2f} (geometric means of a task), times by {errors['time, mean'].min():.2f} to {errors['time, mean'].max():.2f}. The largest single errors are {errors['steps, largest'].max():.1f} and {errors['time, largest'].max():.1f}.",
+        [f"Steps to the same loss, predicted for batch sizes from {rows.bs.min()} to {rows.bs.max():,}, are off by factors of {errors['steps, mean'].min():.2f} to {errors['steps, mean'].max():.2f} (geometric means of a task), times by {errors['time, mean'].min():.2f} to {errors['time, mean'].max():.2f}. The largest single errors are {errors['steps, largest'].max():.1f} and {errors['time, largest'].max():.1f}.",
+         f"The predicted 95% interval of steps has the measured ratio in {np.average(errors.covered, weights=n_covered):.0%} of sizes and tasks. Learning rates are off by {errors['lr, largest'].max():.1f} at most, by {geomean(errors['lr, largest']):.2f} in the geometric mean of the tasks' largest errors.",
          f"The batch size called `fastest` takes {choices.ratio.min():.2f} to {choices.ratio.max():.2f} of the time of the best that was measured, geometric mean {geomean(choices.ratio):.2f}; that of bs={bs0} takes {geomean(choices.in_use):.2f}.",
          f"By default `bs_find` takes {costs.finder.min():.2f} to {costs.finder.max():.2f} of the time of an epoch. Asked three times, each `fastest` lies in the bands of the other two in {costs.agree.sum()} of {len(costs)} tasks."],
         [f"It is the least certain with {worst.task} ({worst.target:g}): steps are off by {worst['steps, mean']:.2f}." + (f" More than 1.5: {', '.join(f'{r.task} ({r.target:g})' for r in over.itertuples())}." if len(over) else ''),
@@ -141,7 +149,8 @@ Left steps, right times, relative to bs={bs0}. On the line the prediction is rig
 
 ## Errors, as factors
 
-Over the batch sizes other than {bs0}. The last three columns: the mean error in steps with each of the three noise scales.
+Over the batch sizes other than {bs0}. `lr` is compared with the lowest point of a parabola through the best of the grid and its neighbours, `covered` is the share of sizes whose measured steps are in the predicted interval. The last three columns: the mean error in steps with each of the three
+noise scales, that of the Hessian where it can be had in reasonable time.
 
 {md(errors)}
 

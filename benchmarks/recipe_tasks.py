@@ -17,12 +17,12 @@ from fastai.vision.all import ConvLayer, ResBlock
 from fastcore.basics import noop
 
 from common import here
-from tasks import images
+from images import images
 
 
 def loaders(train, valid, bs):
     "Loaders of tensors in memory, which make a batch at once; those of training shuffle"
-    def loader(ds, shuffle): return DataLoader(ds, bs=bs, shuffle=shuffle, drop_last=shuffle, create_item=noop, create_batch=ds.__getitem__)
+    def loader(ds, shuffle): return DataLoader(ds, bs=bs, shuffle=shuffle, drop_last=shuffle, create_item=noop, create_batch=partial(TensorDataset.__getitem__, ds))
     return DataLoaders(loader(train, True), loader(valid, False), device='cpu')
 
 

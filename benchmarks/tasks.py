@@ -2,46 +2,16 @@
 from functools import cache, partial
 from typing import NamedTuple
 
-import numpy as np, pandas as pd, torch
-from filelock import FileLock
-from PIL import Image
+import pandas as pd
 from torch import nn
-from fastai.basics import Adam, CrossEntropyLossFlat, DataLoader, DataLoaders, IndexSplitter, Learner, SGD, URLs, get_image_files, set_seed, untar_data
+from fastai.basics import Adam, CrossEntropyLossFlat, DataLoader, DataLoaders, IndexSplitter, Learner, SGD, URLs, set_seed, untar_data
 from fastai.callback.progress import ProgressCallback
 from fastcore.basics import noop
 from fastai.tabular.all import Categorify, FillMissing, Normalize, TabularPandas, tabular_learner
 
-from common import here, NoValid
-
-
-def read(folder):
-    "Pixels and classes, which are the names of folders; kept in build/ for the next benchmark, since 60,000 files take half a minute"
-    kept = here.parent/'build'/f'{folder.parent.name}-{folder.name}.pt'
-    kept.parent.mkdir(exist_ok=True)
-    with FileLock(f'{kept}.lock'):  # two processes need it at the same time
-        if not kept.exists():
-            files = get_image_files(folder)
-            classes = sorted({f.parent.name for f in files})
-            part = kept.with_suffix('.part')
-            torch.save((torch.stack([torch.from_numpy(np.array(Image.open(f))) for f in files]), torch.tensor([classes.index(f.parent.name) for f in files])), part)
-            part.replace(kept)
-    return torch.load(kept)
-
-
-class Images:
-    "A data set of images in memory, and their labels by the names of their folders"
-    def __init__(self, folder):
-        x,self.y = read(folder)
-        x = (x[:, None] if x.ndim == 3 else x.permute(0, 3, 1, 2)).float()
-        dims = 0, 2, 3
-        self.x = ((x - x.mean(dims, keepdim=True))/x.std(dims, keepdim=True)).contiguous()
-    def __len__(self): return len(self.x)
-    def __getitem__(self, i): return self.x[i],self.y[i]
-    def batch(self, idxs): return self.x[idxs],self.y[idxs]
-
-
-@cache
-def images(url, part): return Images(untar_data(url)/part)
+import recipe_tasks as recipe
+from common import NoValid
+from images import Images, images
 
 
 def image_learner(url, part, model, opt_func, bs):
@@ -68,11 +38,15 @@ def adult():
 def adult_learner(bs): return tabular_learner(adult().dataloaders(bs=bs))
 
 
+sizes = 16, 64, 256, 1024, 4096
+
 class Task(NamedTuple):
     learner: callable # `learner(bs)`: a fresh one
     targets: tuple # Training losses to reach, falling
     lr: float # A learning rate that works at batch size 64
     opt: str = 'sgd' # Rule by which it is scaled
+    sizes: tuple = sizes # Batch sizes to train with
+    hessian: bool = True # Can its Hessian's noise scale be had in reasonable time?
 
     def make(self, bs, seed):
         set_seed(seed)
@@ -82,6 +56,13 @@ class Task(NamedTuple):
         return learn
 
 
+def with_horizon_in_examples(learner, bs):
+    "A learner whose second moments look back on as many examples at every batch size, see Marek et al. 2025, within the bounds that they found to be safe"
+    learn = learner(bs)
+    learn.opt_func = partial(learn.opt_func, sqr_mom=min(max(.99**(bs/64), .9), .9999))
+    return learn
+
+
 _mnist,_cifar = partial(image_learner, URLs.MNIST, 'training', mlp), partial(image_learner, URLs.CIFAR, 'train', convnet)
 tasks = {
     'MNIST, MLP, SGD': Task(partial(_mnist, SGD), (.2, .1), .2),
@@ -89,4 +70,8 @@ tasks = {
     'ADULT, tabular_learner, Adam': Task(adult_learner, (.345, .338), 4e-3, 'adam'),
     'CIFAR-10 subset, ConvNet, SGD': Task(partial(_cifar, SGD), (1.5, 1.3), .1),
     'CIFAR-10 subset, ConvNet, Adam': Task(partial(_cifar, Adam), (1.5, 1.3), 2e-3, 'adam'),
+    'CIFAR-10 subset, resnet, Adam': Task(recipe.tasks['CIFAR-10 subset, resnet'].learner, (.25,), 3e-3, 'adam', sizes[:-1], False),
+    'MovieLens sample, collab_learner, Adam': Task(recipe.movielens_learner, (.05,), 5e-3, 'adam', sizes[:-1], False),
+    'Rossmann, tabular_learner, Adam': Task(recipe.rossmann_learner, (.045,), 2e-3, 'adam', sizes[:-1], False),
+    'Surnames, LSTM, Adam': Task(recipe.tasks['Surnames, LSTM'].learner, (.25,), 4e-3, 'adam', sizes[:-1], False),
 }

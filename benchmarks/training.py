@@ -1,14 +1,15 @@
 "Real training to a target: steps at each batch size, with the best learning rate of a grid; results in training.csv"
 import argparse, math, time
+from functools import partial
 from pathlib import Path
 
 import numpy as np, pandas as pd, torch
 from fastai.basics import Callback, CancelFitException, first
 
-from tasks import tasks
+from common import here
+from tasks import tasks, with_horizon_in_examples
 
-sizes,bs0,seeds = (16, 64, 256, 1024, 4096),64,(0, 1)
-here = Path(__file__).parent
+bs0,seeds = 64,(0, 1)
 
 
 class ToTargets(Callback):
@@ -20,6 +21,7 @@ class ToTargets(Callback):
         idxs = np.random.default_rng(0).permutation(self.dls.train.n)[:2000].tolist()
         *self.x,self.y_ = first(self.dls.train.new(get_idxs=lambda: idxs, bs=len(idxs), shuffle=False, drop_last=False))
         self.steps,self.next,self.seconds = 0,10 if self.targets else math.inf,[]
+        self.most = max(20, 2*self.training_loss()) if self.targets else math.inf
         self.start = time.perf_counter()
 
     def training_loss(self):
@@ -35,7 +37,7 @@ class ToTargets(Callback):
         if self.steps < self.next and self.steps < self.max_steps: return
         loss = self.training_loss() if self.targets else math.nan
         while len(self.reached) < len(self.targets) and loss <= self.targets[len(self.reached)]: self.reached.append(self.steps)
-        if len(self.reached) == len(self.targets) or self.steps >= self.max_steps or not loss < 20: raise CancelFitException
+        if len(self.reached) == len(self.targets) or self.steps >= self.max_steps or not loss < self.most: raise CancelFitException
         self.next = self.steps + math.ceil(self.steps*.04)
         self.start = time.perf_counter()
 
@@ -83,6 +85,19 @@ def best_runs(runs):
     return means.loc[means.groupby(by[:-1], sort=False).steps.idxmin()].set_index(by[:-1])
 
 
+def lowest_point(runs, name, target, bs):
+    "Learning rate and steps at the lowest point of a parabola through the best of the grid and its neighbours; `nan` where there is no such training"
+    runs = runs[(runs.task == name) & (runs.target == target) & (runs.bs == bs)].groupby('lr').steps.agg(geomean)
+    runs = runs[np.isfinite(runs)]
+    if not len(runs): return math.nan,math.nan
+    x,y = np.log(runs.index.to_numpy(float)),np.log(runs.to_numpy())
+    i = y.argmin()
+    if not 0 < i < len(x) - 1: return math.exp(x[i]),math.exp(y[i])
+    p = np.polyfit(x[i-1:i+2] - x[i], y[i-1:i+2], 2)
+    least = np.clip(-p[1]/(2*p[0]), -.35, .35)
+    return math.exp(x[i] + least),math.exp(np.polyval(p, least))
+
+
 def step_seconds(task, bs, lr, n=60):
     "Median seconds of a step of real training"
     cb = ToTargets((), n)
@@ -94,11 +109,13 @@ def main():
     p = argparse.ArgumentParser(description=__doc__)
     p.add_argument('--tasks', nargs='*', default=list(tasks), help='their names')
     p.add_argument('--out', type=Path, default=here/'training.csv')
+    p.add_argument('--in-examples', action='store_true', help="keep the horizon of Adam's second moments fixed in examples, not in steps")
     args = p.parse_args()
     for name in args.tasks:
         task,lr,max_steps,rows = tasks[name],tasks[name].lr/2,20_000,[]
+        if args.in_examples: task = task._replace(learner=partial(with_horizon_in_examples, task.learner))
         print(name, flush=True)
-        for bs in sizes:
+        for bs in task.sizes:
             new,lr,steps = search(task, bs, lr, max_steps)
             rows += new
             max_steps = math.ceil(3*steps)

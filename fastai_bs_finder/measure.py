@@ -188,13 +188,16 @@ def stand_still(self:BSFinder):
 @patch
 def _complete(self:BSFinder, bs, loss_scale):
     self._check_loss(self._loss_sum)
+    squares = self._sampled_squares()
     all_took_part,(loss_sum,all_bs) = self.add_up(self.meter.sums, self.meter.params, float(self._loss_sum), float(self.bs))
     self._loss_sum,self._left_to_train = 0.,self.n_train
     if not all_took_part:
         return set_gradients(self.meter.params, self.meter.sums.pop_mean(loss_scale))  # somebody else's epoch was too short
     loss = loss_sum/self.meter.sums.samples
     finite = self.meter.end()
-    if finite: self._by_element()
+    if squares is not None:
+        squares = self.sum(squares)
+        if finite: self.sample.add(self.meter.sums, squares)
     mean = self.meter.sums.pop_mean(loss_scale)
     if not finite: self._leave_out('not finite')
     if not self.rows:
@@ -207,13 +210,13 @@ def _complete(self:BSFinder, bs, loss_scale):
     if self.pbar and (comment := noise_scale_so_far(self.rows[-1], self.open_by)): self.pbar.comment = comment
 
 @patch
-def _by_element(self:BSFinder):
-    "Note what the elements tell of other batch sizes, where the optimizer divides each by the root of its second moment"
-    if not self.meter.metric.averages_squares or not self.meter.sums.squares: return
+def _sampled_squares(self:BSFinder):
+    "What the elements of this process tell of other batch sizes, where the optimizer divides each by the root of its second moment"
+    if not self.meter.metric.averages_squares: return
     if self.sample is None:
-        sizes = self.bs*2.**np.arange(-6, 9)
+        sizes = self.bs*self.processes.size*2.**np.arange(-6, 9)
         self.sample = Sample(self.meter.params, sizes[sizes >= 1], self.meter.metric.lrs, self.meter.metric.eps)
-    self.sample.add(self.meter.sums)
+    return self.sample.squares(self.meter.sums)
 
 @patch
 def columns(self:BSFinder) -> dict: # Of the simple noise scale, and with prefix `opt_` of the optimizer's

@@ -301,16 +301,23 @@ class Sample:
         self.elements = Elements(sizes, eps, lrs=torch.cat([lrs[i].expand(len(o)) for i,o in self.places.items()]))
         self.phi,self.nu = [],[]
 
-    def add(self,
+    def squares(self,
         sums, # The `GradSums` of a measurement
+    ) -> torch.Tensor: # A number per element; `nan` where squares are not known by element, and of a weighted mean
+        "The sums of squares of the sample, which several processes add up"
+        known = sums.per_element and sums.squares and sums.spread_totals is None
+        return self._picked(sums.squares) if known else torch.full((len(self.elements.lrs),), torch.nan)
+
+    def add(self,
+        sums, # The `GradSums` of a measurement, of all processes
+        squares:torch.Tensor, # What `squares` gave, likewise
     ):
-        "A measurement is complete. Nothing is learned of one whose squares are not known by element, or of a weighted mean"
-        if not (sums.per_element and sums.squares) or sums.spread_totals is not None: return
-        m,q = (torch.cat([self._picked(tensors[i], where) for i,where in self.places.items()]) for tensors in (sums.totals, sums.squares))
-        found = self.elements.add(m, q, sums.k, sums.samples)
+        "A measurement is complete. Nothing is learned of one whose squares are not known"
+        if not squares.isfinite().all(): return
+        found = self.elements.add(self._picked(sums.totals), squares, sums.k, sums.samples)
         if found is None: return
         for rows,row in zip((self.phi, self.nu), found): rows.append(row)
 
-    def _picked(self, t, where):
-        if t is None: return torch.zeros(len(where))
-        return as_real(t).reshape(-1)[where.to(t.device)].float().cpu()
+    def _picked(self, tensors): return torch.cat([_elements(tensors[i], where) for i,where in self.places.items()])
+
+def _elements(t, where): return torch.zeros(len(where)) if t is None else as_real(t).reshape(-1)[where.to(t.device)].float().cpu()

@@ -66,6 +66,10 @@ class MockCallback(Callback):
         "What all processes measured: whether each took part, and the sums of `values`"
         return True,values
 
+    def sum(self, x):
+        "The sums of the numbers in a tensor over the processes, which all must ask for"
+        return x
+
     def average_gradients(self, params):
         "Give `params` the mean gradient of all processes; returns whether others have just measured"
         return False
@@ -298,6 +302,8 @@ class LockStep:
         self.barrier()
         *sent,measured = self.processes.add_up(sums, params, *values, *[0.]*(2 - len(values)), 1.)
         return measured == self.processes.size,sent[:len(values)]
+
+    def sum(self, x): return self.processes.sum(x).cpu()
 
     def average_gradients(self, params):
         scale = loss_scale(self.learn) or 1.

@@ -121,12 +121,15 @@ def sums_of(params, seed, bs=8):
     return sums
 
 
+def add(sample, sums): sample.add(sums, sample.squares(sums))
+
+
 def test_a_small_model_is_its_own_sample():
     params = [nn.Parameter(torch.zeros(5, 7)), nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(2, dtype=torch.complex64))]
     sample,own = Sample(params, sizes, np.array([.1, .1, .1]), 1e-3),Elements(sizes, 1e-3)
     for seed in range(3):
         sums = sums_of(params, seed)
-        sample.add(sums)
+        add(sample, sums)
         flat = [torch.cat([(torch.view_as_real(t) if t.is_complex() else t).flatten() for t in ts]) for ts in (sums.totals, sums.squares)]
         found = own.add(*flat, 4, 32)
     assert len(sample.phi) == 2 and len(flat[0]) == 42
@@ -145,7 +148,7 @@ def test_a_large_model_is_sampled_at_random():
     whole = Elements(sizes)
     for seed in range(3):
         sums = sums_of(params, seed)
-        sample.add(sums)
+        add(sample, sums)
         found = whole.add(torch.cat([t.flatten() for t in sums.totals]), torch.cat([t.flatten() for t in sums.squares]), 4, 32)
     for got,all_ in zip((sample.phi[-1], sample.nu[-1]), found): np.testing.assert_allclose(np.array(got)/got[0], all_/all_[0], rtol=.2)
 
@@ -155,7 +158,7 @@ def test_of_many_tensors_some_are_sampled():
     sample = Sample(params, sizes, np.ones(320), 1e-5)
     n = {i: len(o) for i,o in sample.places.items()}
     assert 12 <= len(n) <= 24 and sum(n.values()) > 16000 and sum(i >= 300 for i in n) > .8*len(n)
-    for seed in range(2): sample.add(sums_of(params, seed))
+    for seed in range(2): add(sample, sums_of(params, seed))
     assert len(sample.phi) == 1 and len(sample.elements.lrs) == sum(n.values())
 
 
@@ -166,7 +169,7 @@ def test_learning_rates_weigh():
         for seed in range(3):
             sums = sums_of(params, seed)
             sums.totals,sums.squares = ([t if p in some else None for p,t in zip(map(id, params), ts)] for ts in (sums.totals, sums.squares)) if some is not params else (sums.totals, sums.squares)
-            sample.add(sums)
+            add(sample, sums)
         return np.array([sample.phi[-1], sample.nu[-1]])
     assert found([.1, 1e-9]) == pytest.approx(found([.1, .1], {id(params[0])}), rel=.1)   # the other's elements still tell the distribution
     np.testing.assert_allclose(found([.1, .1]), found([.3, .3]))
@@ -177,8 +180,8 @@ def test_nothing_is_learned_of_a_weighted_mean_or_without_squares():
     sample = Sample(params, sizes, np.ones(1), 0.)
     for kwargs,sums in ((dict(weight=3.), GradSums()), ({}, GradSums(per_element=False))):
         for i in range(3): sums.add(grads(params, i), 8, **kwargs)
-        sample.add(sums)
-        sample.add(sums)
+        add(sample, sums)
+        add(sample, sums)
     assert not sample.phi and not sample.nu
 
 

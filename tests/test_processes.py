@@ -54,7 +54,7 @@ def find(learn, rank, *args, **kwargs):
     before,was = footprint.state(learn),weights(learn)
     res = learn.bs_find(*args, **dict(show_plot=False, profile=False) | kwargs)
     rec = learn.recorder
-    found = dict(suggested=tuple(res), stats=rec.bs_stats.to_dict('list'), run=rec.bs_result.run, profile=rec.bs_result.profile, layers=rec.bs_layers.to_dict('list'), table=pd.DataFrame(rec.bs_table).to_dict('list'))
+    found = dict(suggested=tuple(res), stats=rec.bs_stats.to_dict('list'), run=rec.bs_result.run, profile=rec.bs_result.profile, layers=rec.bs_layers.to_dict('list'), by_element=rec.bs_result.by_element, table=pd.DataFrame(rec.bs_table).to_dict('list'))
     footprint.forget(learn)
     return found,footprint.changes(before, footprint.state(learn)),equal(was, weights(learn))
 
@@ -94,6 +94,12 @@ def test_figures_of_a_single_process(W, tmp_path):
         for c in one['stats']:
             exact = double and c != 'loss'  # which is kept in single precision
             if c not in ('batch', 'step') and (double or opt is SGD or not c.startswith('opt_')): np.testing.assert_allclose(found['stats'][c], one['stats'][c], rtol=1e-9 if exact else 1e-4, err_msg=c)
+        if opt is SGD: assert found['by_element'] is None and one['by_element'] is None
+        elif double:
+            found,one = ({q: pd.DataFrame(getattr(o['by_element'], q), columns=o['by_element'].sizes) for q in ('phi', 'nu')} for o in (found, one))
+            both = found['nu'].columns.intersection(one['nu'].columns)
+            assert len(both) > 8 and len(found['nu']) == 8
+            for q in found: np.testing.assert_allclose(found[q][both], one[q][both], rtol=1e-3)
 
 
 class Complex(nn.Linear):
