@@ -70,7 +70,7 @@ tasks = {
     'ADULT, tabular_learner, Adam': Task(adult_learner, (.345, .338), 4e-3, 'adam'),
     'CIFAR-10 subset, ConvNet, SGD': Task(partial(_cifar, SGD), (1.5, 1.3), .1),
     'CIFAR-10 subset, ConvNet, Adam': Task(partial(_cifar, Adam), (1.5, 1.3), 2e-3, 'adam'),
-    'CIFAR-10 subset, resnet, Adam': Task(recipe.tasks['CIFAR-10 subset, resnet'].learner, (.25,), 3e-3, 'adam', sizes[:-1], False),
+    'MNIST, ConvNet with batch-norm, Adam': Task(recipe.tasks['MNIST, ConvNet'].learner, (.04,), 3e-3, 'adam', sizes[:-1], False),
     'MovieLens sample, collab_learner, Adam': Task(recipe.movielens_learner, (.05,), 5e-3, 'adam', sizes[:-1], False),
     'Rossmann, tabular_learner, Adam': Task(recipe.rossmann_learner, (.045,), 2e-3, 'adam', sizes[:-1], False),
     'Surnames, LSTM, Adam': Task(recipe.tasks['Surnames, LSTM'].learner, (.25,), 4e-3, 'adam', sizes[:-1], False),

@@ -303,10 +303,15 @@ class Sample:
 
     def squares(self,
         sums, # The `GradSums` of a measurement
-    ) -> torch.Tensor: # A number per element; `nan` where squares are not known by element, and of a weighted mean
-        "The sums of squares of the sample, which several processes add up"
-        known = sums.per_element and sums.squares and sums.spread_totals is None
-        return self._picked(sums.squares) if known else torch.full((len(self.elements.lrs),), torch.nan)
+    ) -> torch.Tensor: # A number per element; `nan` where squares are not known by element
+        "The sums of squares of the sample, which several processes add up; of a weighted mean, what an even one with its noise would have"
+        if not (sums.per_element and sums.squares) or sums.spread_totals is not None and not sums.weight: return torch.full((len(self.elements.lrs),), torch.nan)
+        q = self._picked(sums.squares)
+        if sums.spread_totals is None: return q
+        n,k,w,spread = sums.samples,sums.k,sums.weight,sums.spread
+        m,c = self._picked(sums.totals),self._picked(sums.spread_totals)
+        noise = (q - (c**2 - (c - m*spread/w)**2)/spread)/(k - 2 + spread*n/w**2)*(n/w)**2  # as `GradSums.per_tensor` has it
+        return (k - 1)*noise + (m/w)**2*n
 
     def add(self,
         sums, # The `GradSums` of a measurement, of all processes
@@ -314,7 +319,8 @@ class Sample:
     ):
         "A measurement is complete. Nothing is learned of one whose squares are not known"
         if not squares.isfinite().all(): return
-        found = self.elements.add(self._picked(sums.totals), squares, sums.k, sums.samples)
+        even = 1 if sums.spread_totals is None else sums.samples/sums.weight
+        found = self.elements.add(even*self._picked(sums.totals), squares, sums.k, sums.samples)
         if found is None: return
         for rows,row in zip((self.phi, self.nu), found): rows.append(row)
 

@@ -2,7 +2,7 @@
 from math import exp, inf, log
 
 import numpy as np, pytest, torch
-from fastai.basics import Adam, SGD
+from fastai.basics import Adam, CrossEntropyLossFlat, SGD
 from fastai.callback.fp16 import MixedPrecision
 from hypothesis import given, strategies as st
 from torch import nn
@@ -175,14 +175,40 @@ def test_learning_rates_weigh():
     np.testing.assert_allclose(found([.1, .1]), found([.3, .3]))
 
 
-def test_nothing_is_learned_of_a_weighted_mean_or_without_squares():
+def test_nothing_is_learned_without_squares_or_of_batches_without_weight():
     params = [nn.Parameter(torch.zeros(50))]
     sample = Sample(params, sizes, np.ones(1), 0.)
-    for kwargs,sums in ((dict(weight=3.), GradSums()), ({}, GradSums(per_element=False))):
+    for kwargs,sums in ((dict(weight=0.), GradSums(per_element=True)), ({}, GradSums(per_element=False))):
         for i in range(3): sums.add(grads(params, i), 8, **kwargs)
         add(sample, sums)
         add(sample, sums)
     assert not sample.phi and not sample.nu
+
+
+def test_a_weighted_mean_tells_noise_and_scale_by_element():
+    "They add up to those of the whole gradient; with even weights it is a plain mean"
+    params = [nn.Parameter(torch.zeros(300)), nn.Parameter(torch.zeros(7, 3))]
+    def one(weights):
+        sample,sums = Sample(params, sizes, np.ones(2), 0.),GradSums()
+        for i,w in enumerate(weights): sums.add(grads(params, i), 8, weight=w)
+        add(sample, sums)
+        e = sample.elements
+        return e.noise/e.weight,e.square/e.weight,sums
+    noise,square,sums = one([3., 20., 0., 7., 9.])
+    assert (float(noise.sum()), float((square - noise/40).sum())) == pytest.approx(sums.noise_and_scale(), rel=1e-4)
+    for got,wanted in zip(one([2.]*5)[:2], one([None]*5)[:2]): torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_class_weights_go_by_the_elements():
+    weights = torch.tensor([1., 5., 1., 1., 2., 1., 1., 9., 1., 1.])
+    def find(weight=None):
+        learn = digits_learner(opt_func=Adam)
+        learn.loss_func = CrossEntropyLossFlat(weight=weight)
+        with learn.no_bar(), learn.no_logging(): learn.bs_find(3e-3, 300, show_plot=False, regret=0, race=False)
+        return learn.recorder.bs_result
+    weighted,plain = find(weights),find()
+    assert weighted.run.loss == 'weighted' and len(weighted.by_element) == len(weighted) - 1
+    assert weighted.at_bs(128)['steps'] == pytest.approx(plain.at_bs(128)['steps'], rel=.4)
 
 
 def test_no_footprint():
