@@ -11,13 +11,22 @@ from fastai.basics import Callback
 
 import fastai_bs_finder.all
 from fastai_bs_finder.accumulate import examples_per_step
+from fastai_bs_finder.measure import BSFinder
 from common import here, write_page
 from recipe_tasks import tasks
 
 starts,from_,article,long = (16, 64, 512),64,512,20
-ways = {'baseline': starts, 'bs_find': starts, f'bs {article}': [from_], 'half the epochs': [from_]}
+ways = {'baseline': starts, 'bs_find': starts, f'bs {article}': [from_], 'half the epochs': [from_], 'one noise scale': starts}
 lower_is_better = 'exp_rmspe', 'rmse'
 out,key = here/'recipe.csv',['task', 'way', 'bs0', 'seed']
+
+
+class OneNoiseScale(BSFinder):
+    "Goes by one noise scale for all batch sizes, whatever the optimizer is"
+    def _sampled_squares(self): return None
+
+
+finders = {'bs_find': BSFinder, 'one noise scale': OneNoiseScale}
 
 
 class Clock(Callback):
@@ -32,10 +41,10 @@ def run(task, way, bs0, seed):
     learn = task.make(article if way == f'bs {article}' else bs0, seed)
     n_epoch,lr = task.epochs//2 if way == 'half the epochs' else task.epochs,learn.lr_find(show_plot=False).valley
     found,finder,finder_cpu = {},0.,0.
-    if way == 'bs_find':
+    if way in finders:
         cpu,start = time.process_time(),time.perf_counter()
         try:
-            sug = learn.bs_find(lr, show_plot=False)
+            sug = learn.bs_find(lr, show_plot=False, finder=finders[way])
             learn.set_bs(sug)
             n_epoch,lr = learn.bs_plan(n_epoch)
             result = learn.recorder.bs_result
@@ -77,7 +86,7 @@ def settled(df):
     "Where the training with the finder is bit for bit the baseline's, both get the mean of their times"
     df = df.copy()
     same = ['task', 'bs0', 'seed', 'bs', 'lr', 'epochs', 'valid_loss', 'value']
-    both = df[df.way.isin(['baseline', 'bs_find'])]
+    both = df[df.way.isin(['baseline', *finders])]
     df.loc[both.index, 'training'] = both.groupby(same).training.transform('mean')
     df['total'] = df.training + df.finder
     return df
@@ -86,11 +95,11 @@ def settled(df):
 def geomean(x): return math.exp(np.log(x).mean()) if len(x) else math.nan
 
 
-def compare(df):
-    "A row per task and batch size to start from: with the finder beside the baseline, means over the seeds; times as geometric means of ratios"
+def compare(df, way='bs_find', to='baseline'):
+    "A row per task and batch size to start from: one way beside another, means over the seeds; times as geometric means of ratios"
     rows = []
     for (task,bs0),d in df.groupby(['task', 'bs0'], sort=False):
-        a,b = (d[d.way == w].set_index('seed') for w in ('baseline', 'bs_find'))
+        a,b = (d[d.way == w].set_index('seed') for w in (to, way))
         both = a.index.intersection(b.index)
         if not len(both): continue
         a,b = a.loc[both],b.loc[both]
@@ -121,6 +130,16 @@ def main_table(c):
         'task': r.task, 'bs0': r.bs0, 'bs': listed(r.b.bs), 'epochs': f'{listed(r.a.epochs)} → {listed(r.b.epochs)}', 'metric': r.metric,
         'baseline': pm(r.a.value), 'with bs_find': pm(r.b.value), 'loss, baseline': pm(r.a.valid_loss), 'loss, with bs_find': pm(r.b.valid_loss),
         'baseline, s': r.seconds, 'training': r.training, 'finder': r.finder, 'total': r.total} for r in c.itertuples()])
+
+
+def elements_table(df):
+    "What it is worth to predict Adam element by element: a row per batch size to start from, relative to what one noise scale advises"
+    c,rows = compare(df, to='one noise scale'),[]
+    for bs0,d in [*c.groupby('bs0'), ('all', c)] if len(c) else []:
+        differ = d[[list(r.a.valid_loss) != list(r.b.valid_loss) for r in d.itertuples()]]
+        rows.append({'from bs': bs0, 'cases': len(d), 'other trainings': len(differ), 'total, of these': geomean(differ.total), 'longest': differ.total.max()}
+                    | ({'metric worse': (differ.worse > differ.sd).sum(), 'metric better': (-differ.worse > differ.sd).sum()} if d.sd.notna().any() else {}))
+    return pd.DataFrame(rows)
 
 
 def control_table(df):
@@ -199,6 +218,12 @@ Times relative to the baseline's, of the cases whose baseline takes {long} s or 
 `bs` is what was trained with. Validation metric and loss are means ± standard deviations over the seeds; the last three columns are times relative to the baseline's.
 
 {md(main_table(c))}
+
+## With Adam: element by element, or one noise scale
+
+All of these tasks have Adam, which `bs_find` predicts [element by element](../nbs/15_adaptive.ipynb). Its advice against what it says with one noise scale for all sizes, in the same run: times with the finder relative to that, of the cases in which size, learning rate or epochs differ; in the others, they are the same training.
+
+{md(elements_table(df))}
 
 ## Controls, from bs={from_}
 
