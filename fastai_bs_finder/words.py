@@ -125,7 +125,7 @@ def _noise_scale(result):
         return (f"The noise scale is {as_examples(as_number(last.noise_scale))} (95% interval {as_number(last.lo)} to {as_number(last.hi)}), "
                 f"{where}.")
     if last.lo >= 1: return f"The noise scale is at least {as_examples(as_number(last.lo))} (95% sure), {where}."
-    return "The noise scale cannot be told yet: in these batches the gradient drowns in its noise."
+    return "The noise scale cannot be told yet: the gradient is too small to measure in this much noise."
 
 # %% ../nbs/32_words.ipynb #feada35a
 failures = {'loss': "Lower lr, then ask again: the loss was not finite after {spent} of {num_it} batches, at lr={lr}{where}.",
@@ -289,12 +289,12 @@ def _limit(result):
     B,bs = last.lo if last.hi == math.inf else last.noise_scale,result.advised or advised_bs({**result.suggested, 'fastest': result.suggested.get('critical')})
     if not most or not bs or not B > 1.5*most or bs < most/2: return
     if most == n and result.run.n_data not in (None, n):
-        return f"A larger batch would do, but an epoch draws only {n:,} of {result.run.n_data:,} examples."
-    if most == n: return f"A larger batch would do, but the training set has only {as_examples(n)}."
+        return f"A larger batch would save more steps, but an epoch draws only {n:,} of {result.run.n_data:,} examples."
+    if most == n: return f"A larger batch would save more steps, but the training set has only {as_examples(n)}."
     fit = f"{as_examples(most)} fit{'s' if most == 1 else ''}"
-    if result.profile.capped: return "A larger batch would do: accumulate the gradients of several, as set_bs does."
+    if result.profile.capped: return "A larger batch would save more steps: accumulate the gradients of several, as set_bs does."
     if result.step_time: return f"Only about {fit} in memory; larger steps, which set_bs accumulates, save no time."
-    return f"A larger batch would do, but only about {fit} in memory: accumulate the gradients of several, as set_bs does."
+    return f"A larger batch would save more steps, but only about {fit} in memory: accumulate the gradients of several, as set_bs does."
 
 def _could_be_known(result):
     profile = result.profile
@@ -398,7 +398,7 @@ def noise_scale_summary(
     if result.error: where += f", until one failed ({result.error})"
     if result.hindrance: return f"{where}. {' '.join(hindrances[result.hindrance])}"
     known = (x.noise_scale > 0).any() and (last.noise_scale > 0 or last.hi == math.inf) and not (last.hi == math.inf and last.lo < 1)
-    if not known: return f"{where}: the gradient drowns in its noise. Take more batches per measurement, n_batch={4*result.n_batch} for example."
+    if not known: return f"{where}: the gradient is too small to measure in this much noise. Take more batches per measurement, n_batch={4*result.n_batch} for example."
     at_end = f"at least {as_number(last.lo)}" if last.hi == math.inf else as_number(last.noise_scale)
     if last.hi < math.inf: at_end += f" (95% interval {as_number(last.lo)} to {as_number(last.hi)})"
     return f"{where}: {at_end} examples at the end."
