@@ -18,7 +18,7 @@ help:
 	@echo "make readme     make README.md from nbs/index.ipynb"
 	@echo "make docs       build the site of documentation into _docs"
 	@echo "make bench      measure accuracy, time and memory, and write the pages of results (half an hour)"
-	@echo "make training   run the real trainings that predictions are compared with (an hour)"
+	@echo "make training   run the real trainings that predictions are compared with (two hours)"
 	@echo "make recipe     run the trainings with and without bs_find, from lr_find to the validation (an hour); these three need FASTAI_HOME"
 	@echo "make clean      remove what was built, .venv included"
 

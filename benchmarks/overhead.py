@@ -35,13 +35,14 @@ def main():
     params = list(learn.model.parameters())
     grads = n_bytes(params)
     snapshot = grads + n_bytes(v for p in params for v in learn.opt.state[p].values() if isinstance(v, torch.Tensor))
-    memory = {k: (peak(lambda: learn.bs_find(1e-3, k, k, n_train=0, show_plot=False, race=False)) - snapshot - grads)/grads for k in n_batches}
-    print(memory)
+    def needs(k, **kwargs): return (peak(lambda: learn.bs_find(1e-3, k, k, n_train=0, show_plot=False, race=False, **kwargs)) - snapshot - grads)/grads
+    memory,profiled = {k: needs(k, profile=False) for k in n_batches},needs(20)
+    print(memory, profiled)
     over = [f'`{way}` takes {times["median"][way]:.2f} of the time of `fit`, {bound} was wanted.' for way,bound in bounds.items() if times['median'][way] > bound]
     over += [f'With n_batch={k} it takes {m:.2f} gradients of memory, {most} were wanted.' for k,m in memory.items() if m > most]
     write_page('overhead', 'What it costs', f"""Made by `benchmarks/overhead.py`: an MLP of {sum(p.numel() for p in params)/1e6:.1f} million parameters with Adam at batch size 64, {args.num_it} batches, {args.rounds} rounds in turn; a plain `fit` takes {took.fit.median():.2f} s. Both finders include the snapshot and putting everything back.""",
         [f"`bs_find()` takes {times['median']['bs_find()']:.2f} of the time of a `fit` of as many batches, its profile included, and {times['median']['bs_find(profile=False)']:.2f} without it, by medians of {args.rounds} rounds; differences of a tenth are within the noise, see the table. A measurement takes one optimizer step for `n_batch` batches, and costs two passes over the gradients per batch: one adds them up, one their squares.",
-         f"Beyond weights, gradients, optimizer and snapshot it needs the memory of {max(memory.values()):.2f} gradients at most, whatever `n_batch` is."],
+         f"Beyond weights, gradients, optimizer and snapshot it needs the memory of {max(memory.values()):.2f} gradients at most, whatever `n_batch` is. While other batch sizes are timed, {profiled:.2f}: the mock training goes on afterwards from a second snapshot, which lies in the host's memory, as the first one does."],
         over or ['Nowhere, measured against what was wanted.'],
         f"""| time, relative to `fit` | wanted | median | least | most |
 |---|---|---|---|---|

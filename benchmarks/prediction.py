@@ -129,7 +129,7 @@ def main():
     rows,errors,costs,choices = map(pd.DataFrame, (rows, errors, costs, choices))
     rows.to_csv(here/'prediction.csv', index=False, float_format='%.4g')
     picture(rows)
-    def md(df): return df.to_markdown(index=False, floatfmt='.3g', missingval='')
+    def md(df): return df.astype(object).where(df.notna(), None).to_markdown(index=False, floatfmt='.3g', missingval='')
     n_covered = rows[rows.bs != bs0].groupby(['task', 'target'], sort=False).size().to_numpy()
     worst,slowest = errors.loc[errors['steps, mean'].idxmax()],choices.loc[choices.ratio.idxmax()]
     over = errors[errors['steps, mean'] > 1.5]
@@ -156,7 +156,7 @@ noise scales, that of the Hessian where it can be had in reasonable time.
 
 ## The fastest batch size
 
-`ratio` is the time at `fastest` over the best that was measured, `in_use` that of bs={bs0}. Where `fastest` is none of the batch sizes of the grid, it is trained with the learning rate that `bs_find` says for it.
+`ratio` is the time at `fastest` over the best that was measured, `in_use` that of bs={bs0}. Where `fastest` is none of the batch sizes of the grid, it is trained with the learning rate that `bs_find` says for it. No size is called faster where a schedule would get fewer than a hundred steps with it: these trainings have none.
 
 {md(choices)}
 

@@ -190,6 +190,7 @@ def page():
     epochs = (same[f'bs {article}']/same.baseline).dropna() if len(same) else []
     def named(d): return ', '.join(f'{r.task} from {r.bs0}' for r in d.itertuples())
     picture(df)
+    one = compare(df, 'one noise scale')
     def md(d):
         d = d.map(lambda o: '' if pd.isna(o) else f'{o:.2f}' if isinstance(o, float) else o)
         return d.to_markdown(index=False, disable_numparse=True, colalign=['left'] + ['right']*(d.shape[1] - 1))
@@ -221,7 +222,7 @@ Times relative to the baseline's, of the cases whose baseline takes {long} s or 
 
 ## With Adam: element by element, or one noise scale
 
-All of these tasks have Adam, which `bs_find` predicts [element by element](../nbs/15_adaptive.ipynb). Its advice against what it says with one noise scale for all sizes, in the same run: times with the finder relative to that, of the cases in which size, learning rate or epochs differ; in the others, they are the same training.
+All of these tasks have Adam, which `bs_find` predicts [element by element](../nbs/15_adaptive.ipynb). Its advice against what it says with one noise scale for all sizes: times with the finder relative to that, of the cases in which size, learning rate or epochs differ; in the others, they are the same training. Where the baseline takes {long} s or more, the total is {geomean(slow.total):.2f} of its time element by element, and {geomean(one[one.seconds >= long].total):.2f} with one noise scale; the metric is worse than the baseline's by more than a standard deviation in {len(worse)} and in {(one.worse > one.sd).sum()} of {len(c)} cases.
 
 {md(elements_table(df))}
 

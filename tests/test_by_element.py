@@ -76,6 +76,14 @@ def test_scatter_is_an_interval():
     assert lo < 200 and hi > 500 and np.isfinite(open_.times()).all(axis=None)
 
 
+def test_the_interval_of_the_steps_goes_beyond_proportion():
+    "Real trainings take more than four times the steps with a quarter of the batch, or fewer than a quarter with four times: the error of the rule is on both sides"
+    r = result(*[(300, 250, 350)]*3, opt='adam', lr_given=.01, by_element=one_ratio(10**5), step_time={64: .01, 256: .02})
+    small,large = r.at_bs(16),r.at_bs(256)
+    assert 3.9 < small['steps'] < 4 and small['steps_hi'] == pytest.approx(1.4*small['steps'], rel=.02) and small['steps_lo'] == pytest.approx(small['steps']/1.4, rel=.02)
+    assert large['steps'] > .25 > large['steps_lo'] and large['time_hi']/large['time'] == pytest.approx(large['steps_hi']/large['steps'])
+
+
 def test_the_lr_follows_the_elements():
     "Where ν falls with the batch size, the learning rate grows by more than the root rule says"
     by = one_ratio(300)
