@@ -878,6 +878,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'fastai_bs_finder/result.py'),
                                          'fastai_bs_finder.result.BSResult.times': ( 'result.html#bsresult.times',
                                                                                      'fastai_bs_finder/result.py'),
+                                         'fastai_bs_finder.result.BSResult.tolerance': ( 'result.html#bsresult.tolerance',
+                                                                                         'fastai_bs_finder/result.py'),
                                          'fastai_bs_finder.result.BSResult.works': ( 'result.html#bsresult.works',
                                                                                      'fastai_bs_finder/result.py'),
                                          'fastai_bs_finder.result.ByElement': ('result.html#byelement', 'fastai_bs_finder/result.py'),

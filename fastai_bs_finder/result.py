@@ -407,11 +407,16 @@ class BSResult(Result):
         return res if res is None else res[(res.index == self.run.bs) | (res.index <= reach*max(self.profile.step_time))]
 
     @property
+    def tolerance(self) -> float:
+        "Share by which times may differ and still be about as short: 5 %, or twice what the times of steps are known within"
+        return max(.05, 2*self.profile.unsteady)
+
+    @property
     def band(self) -> tuple|None:
-        "The smallest and the largest batch size whose time is within 5 % of the shortest; `None` where times are not known"
+        "The smallest and the largest batch size whose time is about as short as the shortest, see `tolerance`; `None` where times are not known"
         times = self.times()
         if times is None: return
-        near = times.index[times.time <= 1.05*times.time.min()]
+        near = times.index[times.time <= (1 + self.tolerance)*times.time.min()]
         return int(near[0]),int(near[-1])
 
     def plan(self,

@@ -67,6 +67,15 @@ def trainings(draw):
                   step_time={b: overhead + cost*b for b in {max(bs//4, 1), bs, 4*bs}} if draw(st.booleans()) or bs == 1 else {})
 
 
+def test_the_band_is_as_wide_as_the_times_are_uncertain():
+    known = dict(opt='adam', step_time={16: 1., 64: 1.2, 256: 2.})
+    steady,rough = (result(*[(300, 250, 350)]*3, **known, timings={64: t}) for t in ([1.2]*20, [1.2, .8, 1.6]*4))
+    (lo,hi),(low,high) = steady.band,rough.band
+    assert steady.tolerance == .05 < rough.tolerance < .5 and low < lo and hi <= high
+    assert rough.times().time[[low, high]].max() <= (1 + rough.tolerance)*rough.times().time.min()
+    assert f"Batch sizes from {low} to {high} are about as fast (within {rough.tolerance:.0%})" in ' '.join(str(rough).split())
+
+
 @given(trainings())
 def test_the_band_holds_the_shortest_time(r):
     times = r.times()
