@@ -305,9 +305,11 @@ class Sample:
         sums, # The `GradSums` of a measurement
     ) -> torch.Tensor: # A number per element; `nan` where squares are not known by element
         "The sums of squares of the sample, which several processes add up; of a weighted mean, what an even one with its noise would have"
-        if not (sums.per_element and sums.squares) or sums.spread_totals is not None and not sums.weight: return torch.full((len(self.elements.lrs),), torch.nan)
+        weighted = sums.spread_totals is not None
+        known = sums.per_element and sums.squares and (sums.weight or not weighted)
+        if not known: return torch.full((len(self.elements.lrs),), torch.nan)
         q = self._picked(sums.squares)
-        if sums.spread_totals is None: return q
+        if not weighted: return q
         n,k,w,spread = sums.samples,sums.k,sums.weight,sums.spread
         m,c = self._picked(sums.totals),self._picked(sums.spread_totals)
         noise = (q - (c**2 - (c - m*spread/w)**2)/spread)/(k - 2 + spread*n/w**2)*(n/w)**2  # as `GradSums.per_tensor` has it

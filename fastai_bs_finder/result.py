@@ -363,8 +363,10 @@ class BSResult(Result):
         if self._elements and bs != self.run.bs: lr = scale_lr(lr, 1, self._element('lr', bs)*self._element('steps', bs)**.5, opt='sgd')  # beside the root rule
         row = compare(bs, self.run.bs, noise_scale, lr, self.run.opt, self.step_time, self.profile.max_bs, self.run.n, self.run.loss)
         if self._elements is None or bs == self.run.bs: return row
-        ends = {end: self._element(name, bs)/self._element('steps', bs) for end,name in (('lo', 'low'), ('hi', 'high'))}
-        return row | {f'{q}_{end}': row[q]*factor for q in ('steps', 'examples', 'epochs', 'time') for end,factor in ends.items()}  # real trainings leave the bounds of 1 + B/b
+        for end,name in ('lo', 'low'), ('hi', 'high'):  # real trainings leave the bounds of 1 + B/b
+            factor = self._element(name, bs)/self._element('steps', bs)
+            row |= {f'{q}_{end}': row[q]*factor for q in ('steps', 'examples', 'epochs', 'time')}
+        return row
 
     @cached_property
     def _sizes(self):

@@ -398,7 +398,9 @@ def noise_scale_summary(
     if result.error: where += f", until one failed ({result.error})"
     if result.hindrance: return f"{where}. {' '.join(hindrances[result.hindrance])}"
     known = (x.noise_scale > 0).any() and (last.noise_scale > 0 or last.hi == math.inf) and not (last.hi == math.inf and last.lo < 1)
-    if not known: return f"{where}: the gradient is too small to measure in this much noise. Take more batches per measurement, n_batch={4*result.n_batch} for example."
+    if not known:
+        return (f"{where}: the gradient is too small to measure in this much noise. "
+                f"Take more batches per measurement, n_batch={4*result.n_batch} for example.")
     at_end = f"at least {as_number(last.lo)}" if last.hi == math.inf else as_number(last.noise_scale)
     if last.hi < math.inf: at_end += f" (95% interval {as_number(last.lo)} to {as_number(last.hi)})"
     return f"{where}: {at_end} examples at the end."
