@@ -34,7 +34,7 @@ def cost(name, lr, seconds):
     run = answers[0][2].run
     without = took(num_it=run.spent, n_batch=run.n_batch, n_train=run.n_train, profile=False)[0]
     named = [f for _,f,_ in answers]
-    agree = all(f and o.band[0] <= f <= o.band[1] for _,f,_ in answers for *_,o in answers)
+    agree = len(set(named)) == 1 or all(f and o.band[0] <= f <= o.band[1] for f in named for *_,o in answers)
     return dict(task=name, epoch_seconds=epoch, finder=first/epoch, measuring=without/epoch, batches=run.spent, fastest=', '.join(map(str, named)), bands=', '.join(f'{a} to {b}' for a,b in (o.band for *_,o in answers)), agree=agree)
 
 
@@ -139,7 +139,7 @@ training as long as the real one, {args.seeds} seed{'s' if args.seeds > 1 else '
         [f"Steps to the same loss, predicted for batch sizes from {rows.bs.min()} to {rows.bs.max():,}, are off by factors of {errors['steps, mean'].min():.2f} to {errors['steps, mean'].max():.2f} (geometric means of a task), times by {errors['time, mean'].min():.2f} to {errors['time, mean'].max():.2f}. The largest single errors are {errors['steps, largest'].max():.1f} and {errors['time, largest'].max():.1f}.",
          f"The predicted 95% interval of steps has the measured ratio in {np.average(errors.covered, weights=n_covered):.0%} of sizes and tasks. Learning rates are off by {errors['lr, largest'].max():.1f} at most, by {geomean(errors['lr, largest']):.2f} in the geometric mean of the tasks' largest errors.",
          f"The batch size called `fastest` takes {choices.ratio.min():.2f} to {choices.ratio.max():.2f} of the time of the best that was measured, geometric mean {geomean(choices.ratio):.2f}; that of bs={bs0} takes {geomean(choices.in_use):.2f}.",
-         f"By default `bs_find` takes {costs.finder.min():.2f} to {costs.finder.max():.2f} of the time of an epoch. Asked three times, each `fastest` lies in the bands of the other two in {costs.agree.sum()} of {len(costs)} tasks."],
+         f"By default `bs_find` takes {costs.finder.min():.2f} to {costs.finder.max():.2f} of the time of an epoch. Asked three times, it names the same size, or each in the bands of the other two, in {costs.agree.sum()} of {len(costs)} tasks."],
         [f"It is the least certain with {worst.task} ({worst.target:g}): steps are off by {worst['steps, mean']:.2f}." + (f" More than 1.5: {', '.join(f'{r.task} ({r.target:g})' for r in over.itertuples())}." if len(over) else ''),
          slowest.ratio > 1.1 and f"{slowest.fastest} is called fastest for {slowest.task} ({slowest.target:g}), which takes {slowest.ratio:.2f} of the time of {slowest.best_measured}.",
          "Whoever has the time to train at every batch size knows more: `bs_sweep` does that."],
@@ -162,7 +162,7 @@ noise scales, that of the Hessian where it can be had in reasonable time.
 
 ## What finding it costs
 
-`bs_find(lr)` as it is: the time of the finder in all and of its measurements alone as shares of one epoch of training at bs={bs0}. `fastest` is what it said when asked three times, `bands` which sizes it called about as fast, `agree` whether each `fastest` lies in all of the bands.
+`bs_find(lr)` as it is: the time of the finder in all and of its measurements alone as shares of one epoch of training at bs={bs0}. `fastest` is what it said when asked three times, `bands` which sizes it called about as fast, `agree` whether all three are the same, or each lies in all of the bands.
 
 {md(costs)}
 

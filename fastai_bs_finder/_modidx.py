@@ -142,6 +142,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'fastai_bs_finder.finder._Search.start': ( 'finder.html#_search.start',
                                                                                     'fastai_bs_finder/finder.py'),
                                          'fastai_bs_finder.finder._alike': ('finder.html#_alike', 'fastai_bs_finder/finder.py'),
+                                         'fastai_bs_finder.finder._contenders': ('finder.html#_contenders', 'fastai_bs_finder/finder.py'),
                                          'fastai_bs_finder.finder._keep': ('finder.html#_keep', 'fastai_bs_finder/finder.py'),
                                          'fastai_bs_finder.finder._most': ('finder.html#_most', 'fastai_bs_finder/finder.py'),
                                          'fastai_bs_finder.finder._one_more': ('finder.html#_one_more', 'fastai_bs_finder/finder.py'),

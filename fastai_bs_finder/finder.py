@@ -87,17 +87,27 @@ def _timed(learn, result, sizes, seconds, again=False):
     sizes = [b for b in sizes if (again or b not in known.step_time) and b <= most]
     return result.changed(profile=profile_steps(learn, sizes, seconds, known))
 
+def _contenders(result):
+    "The batch sizes whose times decide: those timed, of which one may have been slow by chance, and the one in use"
+    times = result.times().time
+    return [b for b in result.profile.step_time if b == result.run.bs or b in times and times[b] < _in_reach*times.min()]
+
+_in_reach = 1.4
+
 def time_the_best(
     learn:Learner, # A learner in a `mock_training` block
     result:BSResult, # What is known
     budget:float, # Seconds to spend
 ) -> BSResult: # With more timings
-    "Time the batch size that seems to be the fastest, until it has been timed itself"
+    "Time the batch size that seems to be the fastest, until it has been timed itself, and all that may be once more"
     end = time.perf_counter() + budget
-    for _ in range(4):
+    again = False
+    for _ in range(5):
         best = quickest(result, foreseen)
-        if best is None or best in result.profile.step_time: break
-        result = _timed(learn, result, [best], end - time.perf_counter())
+        timed = best in result.profile.step_time
+        if best is None or timed and again: break
+        again |= timed
+        result = _timed(learn, result, _contenders(result) if timed else [best], end - time.perf_counter(), again)
         if result.profile.trouble: return result.changed(trouble='')  # two sizes or more are known
     return result.changed(cut_short=bool(best and best > max(result.profile.step_time)))
 

@@ -127,9 +127,11 @@ class Profile:
 
     @property
     def unsteady(self) -> float:
-        "The largest relative standard error of a median step time, from the middle half of the timings"
-        quartiles = [(*np.quantile(s, [.25, .5, .75]), len(s)) for s in self.timings.values() if len(s) > 3]
-        return max((float(.93*(c - a)/b/n**.5) for a,b,c,n in quartiles), default=0.)
+        "The largest relative error of a step time: from the middle half of its timings, or from how far the first half of them is from the second"
+        known = [np.array(s) for s in self.timings.values() if len(s) > 3]
+        quartiles = [(*np.quantile(s, [.25, .5, .75]), len(s)) for s in known]
+        drifts = [abs(np.log(np.median(s[:len(s)//2])/np.median(s[len(s)//2:])))/3 for s in known if len(s) > 7]
+        return max([float(v) for v in drifts + [.93*(c - a)/b/n**.5 for a,b,c,n in quartiles]], default=0.)
 
 # %% ../nbs/21_result.ipynb #58913f07
 @dataclass(frozen=True)
@@ -241,6 +243,7 @@ def _within(mean, lo, hi):
     lo = min(max(lo, 1e-3), mean)
     return [mean, *np.geomspace(lo, max(min(hi, 1e3*mean), lo), 16), hi]
 
+_in_sight = 2  # times the largest size that was timed: so far a size may be called about as fast
 foreseen = 4  # times the largest size that was timed: what is expected beyond is wrong too often to be considered
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -416,9 +419,9 @@ class BSResult(Result):
     @property
     def band(self) -> tuple|None:
         "The smallest and the largest batch size whose time is about as short as the shortest, see `tolerance`; `None` where times are not known"
-        times = self.times()
-        if times is None: return
-        near = times.index[times.time <= (1 + self.tolerance)*times.time.min()]
+        if self.times() is None: return
+        beyond = self.times(_in_sight)
+        near = beyond.index[beyond.time <= (1 + self.tolerance)*self.times().time.min()]
         return int(near[0]),int(near[-1])
 
     def plan(self,

@@ -1,5 +1,5 @@
 "Training steps at other batch sizes: their time by a clock that the test turns, and what remains of them"
-import math, pickle, re, time
+import dataclasses, math, pickle, re, time
 
 import numpy as np, pytest, torch
 from torch.utils import data as torch_data
@@ -18,6 +18,7 @@ from fastai_bs_finder.profile import profile_steps
 from fastai_bs_finder.result import Profile
 from footprint import assert_no_footprint, changes, state
 from learners import maker
+from results import result
 
 
 class Clock:
@@ -229,3 +230,18 @@ def test_step_time_between_and_beyond():
     t = StepTime({16: .5, 64: 2.})
     assert t(32) == pytest.approx(1.) and t(640) == pytest.approx(20.)
     assert StepTime({16: .5})(16) == pytest.approx(.5)
+
+
+def test_a_size_that_was_slow_by_chance_is_timed_once_more(monkeypatch):
+    "Else the machine's worst moment would decide; sizes far from the fastest are not worth it"
+    rounds,slow = [],{512: 1.3}
+    def timed(learn, sizes, budget, known):
+        rounds.append(list(sizes))
+        found = {b: min((1 + b/500)*slow.get(b, 1), known.step_time.get(b, math.inf)) for b in sizes}
+        for b in sizes: slow.pop(b, None)
+        return dataclasses.replace(known, step_time=known.step_time | found)
+    monkeypatch.setattr(finder, 'profile_steps', timed)
+    before = finder._timed(None, result(*[(1000, 800, 1200)]*3), [16, 64, 512, 1024], 1.)
+    after = finder.time_the_best(None, before, 1.)
+    assert before.profile.step_time[512] > 2.5 and after.profile.step_time[512] == 1 + 512/500
+    assert {64, 512, 1024} <= set(rounds[1]) and 16 not in rounds[1] and len(rounds) < 5

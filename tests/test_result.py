@@ -72,7 +72,7 @@ def test_the_band_is_as_wide_as_the_times_are_uncertain():
     steady,rough = (result(*[(300, 250, 350)]*3, **known, timings={64: t}) for t in ([1.2]*20, [1.2, .8, 1.6]*4))
     (lo,hi),(low,high) = steady.band,rough.band
     assert steady.tolerance == .05 < rough.tolerance < .5 and low < lo and hi <= high
-    assert rough.times().time[[low, high]].max() <= (1 + rough.tolerance)*rough.times().time.min()
+    assert rough.times(2).time[[low, high]].max() <= (1 + rough.tolerance)*rough.times().time.min()
     assert f"Batch sizes from {low} to {high} are about as fast (within {rough.tolerance:.0%})" in ' '.join(str(rough).split())
 
 
@@ -82,8 +82,8 @@ def test_the_band_holds_the_shortest_time(r):
     if times is None:
         assert r.band is None and not r.profile.step_time
         return
-    lo,hi = r.band
-    assert lo <= times.time.idxmin() <= hi and times.time[lo] <= 1.05*times.time.min() and times.time[hi] <= 1.05*times.time.min()
+    (lo,hi),beyond = r.band,r.times(2).time
+    assert lo <= times.time.idxmin() <= hi and beyond[lo] <= 1.05*times.time.min() and beyond[hi] <= 1.05*times.time.min()
     assert times.time[r.run.bs] == pytest.approx(1) and (times.worst >= times.time - 1e-9).all() and (times.regret >= 0).all()
     assert (times.regret + 1 >= times.time/times.time.min() - 1e-9).all() and times.index.max() <= max(*r.profile.step_time, r.run.bs)
     assert all(b <= (r.largest or inf) for b in times.index if b != r.run.bs)
@@ -139,6 +139,7 @@ def test_times_that_are_scattered_are_said_to_be():
     assert Profile(timings={64: few}).unsteady == pytest.approx(2*Profile(timings={64: many}).unsteady, rel=.2)
     assert Profile(timings={64: few}).unsteady > .2
     assert Profile(timings={64: [1.]*10, 256: few}).unsteady == Profile(timings={256: few}).unsteady
+    assert Profile(timings={64: [1.]*8 + [1.3]*8}).unsteady > .08 > Profile(timings={64: [1., 1.3]*8}).unsteady  # the machine was slower for a while
 
 
 def test_the_optimizers_metric_is_used_where_it_was_measured():
