@@ -8,6 +8,7 @@ __all__ = ['like', 'BatchLoss']
 # %% ../nbs/16_losses.ipynb #1d9f2330
 import math
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from copy import deepcopy
 from functools import partial
 
@@ -190,7 +191,7 @@ class BatchLoss:
     def weight(self, loss_func, pred, yb, n, cut) -> float: # In one unit for all batches; 1 each in a sum, the number of examples where it is not known
         "What a batch weighs in the loss of several; the parameters are those of `look`"
         if self.kind == 'sum': return 1.
-        with no_random(), torch.no_grad():
+        with nullcontext() if self.kind != 'between' and _own_reduction(loss_func) else no_random(), torch.no_grad():  # seeding takes a millisecond
             try: weight = self._weigh(_stand_in(loss_func), self._part(pred, yb, n, cut))
             except Exception: return float(n)  # it does not fit beside the examples that were kept
         return float(n) if abs(weight/n - 1) < 3e-6 else weight

@@ -10,7 +10,7 @@ import math
 
 from fastcore.basics import mk_class
 from .predict import round_bs
-from .result import BSResult
+from .result import BSResult, about_as_fast
 
 # %% ../nbs/31_suggest.ipynb #362765d6
 def _rounded(result, x, down=False):
@@ -53,9 +53,9 @@ def fastest(
     sure = times[:0] if result.drowned else times[times.worst < 1]
     best = bs0
     if len(sure) and times.time[bs0] > (1 + 2*result.run.regret)*sure.time.min():
-        near,nearer = (sure[sure.time <= (1 + share*result.tolerance)*sure.time.min()] for share in (1, .5))
-        clear = nearer.index[nearer.regret < result.run.regret]
-        best = min(clear, key=lambda bs: abs(math.log(bs/bs0))) if len(clear) else near.regret.idxmin()
+        near = sure[sure.time <= (1 + about_as_fast)*sure.time.min()]
+        clear = near[near.regret < result.run.regret]
+        best = min(clear.index, key=lambda bs: abs(math.log(bs/bs0))) if len(clear) else near.regret.idxmin()
     if best == bs0 and times.regret[best] > _too_open: return
     raced = result.race and best in result.race.sizes  # which does not go by times
     if best != bs0 and not raced and times.time[best]*(1 + 2*result.profile.unsteady) > 1: return  # the gain may be one of timing

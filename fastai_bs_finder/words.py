@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['gaps', 'ways_out', 'failures', 'hindrances', 'reasons', 'troubles', 'as_number', 'as_ratio', 'as_epoch', 'as_lr',
            'as_size', 'plural', 'as_examples', 'say', 'sizes_summary', 'bs_summary', 'noise_scale_so_far',
-           'set_bs_summary', 'stays_summary', 'noise_scale_summary', 'sweep_summary']
+           'set_bs_summary', 'stays_summary', 'noise_scale_summary', 'growth_summary', 'sweep_summary']
 
 # %% ../nbs/32_words.ipynb #cfdc2bda
 import math
@@ -406,6 +406,18 @@ def noise_scale_summary(
     return f"{where}: {at_end} examples at the end."
 
 NoiseScaleResult.__str__ = NoiseScaleResult.__repr__ = noise_scale_summary
+
+# %% ../nbs/32_words.ipynb #4d7f02b9
+def growth_summary(
+    rows:list, # What `GrowBatch` did: dicts with `start`, `bs`, `lr_factor`, `why`
+    result:BSResult|None=None, # What it measured, where that does not tell what other batch sizes would do
+) -> str: # A sentence
+    "Which batch sizes a training had"
+    kept = [o for o in rows if o['why'] != 'trial']
+    because = reasons.get(result.failure or result.hindrance) if result else None
+    if len(kept) == 1: return f"The training had bs={kept[0]['bs']} to its end{f', because {because}' if because else ''}."
+    later = [f"after {o['start']:.0%} of it bs={o['bs']} at {as_ratio(o['lr_factor'])} times the learning rate" for o in kept[1:]]
+    return f"The training began with bs={kept[0]['bs']}; {', '.join(later)}."
 
 # %% ../nbs/32_words.ipynb #58099627
 def _target(result):

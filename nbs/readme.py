@@ -6,17 +6,39 @@ import nbformat
 from nbconvert import MarkdownExporter
 
 nbs = Path(__file__).parent
+colab = 'https://colab.research.google.com'
 
 
-def readme():
-    "The text of README.md, and its pictures as a dictionary of names and bytes"
+def address():
+    "Where the repository lies, `Source` of `[project.urls]` in pyproject.toml; empty as long as there is none"
+    urls = re.search(r'^\[project\.urls\]$(.*?)(?=^\[|\Z)', (nbs.parent/'pyproject.toml').read_text(), re.M | re.S)
+    found = urls and re.search(r'^Source *= *"(.+?)/?"', urls[1], re.M)
+    return found[1] if found else ''
+
+
+def with_address(text, url):
+    "Links that lead there from anywhere, such as from PyPI, and badges"
+    def absolute(link):
+        picture,path = link[1],link[2]
+        return f"{picture}({url}/{'raw' if picture.startswith('!') else 'blob'}/main/{path})"
+    text = re.sub(r'(!?\[[^\]]*\])\((?!https?:|#)([^)]+)\)', absolute, text)
+    badges = [f'[![Tests]({url}/actions/workflows/test.yml/badge.svg)]({url}/actions/workflows/test.yml)']
+    if (repo := url.removeprefix('https://github.com/')) != url:
+        badges.append(f'[![Open the tutorial in Colab]({colab}/assets/colab-badge.svg)]({colab}/github/{repo}/blob/main/nbs/00_tutorial.mnist.ipynb)')
+    title,rest = text.split('\n', 1)
+    return f"{title}\n\n{' '.join(badges)}\n{rest}"
+
+
+def readme(url=None):
+    "The text of README.md, and its pictures as a dictionary of names and bytes; `url` in place of `address()`"
     nb = nbformat.read(nbs/'index.ipynb', 4)
     nb.metadata.language_info = {'name': 'python'}
     for cell in nb.cells:
         if cell.cell_type == 'code': cell.outputs = [o for o in cell.outputs if 'text/html' not in o.get('data', {})]  # what is left of the progress bar
     text,res = MarkdownExporter().from_notebook_node(nb, {'output_files_dir': 'README_files', 'unique_key': 'README'})
     text = re.sub(r'\n[ \t]*\n(?:[ \t]*\n)+', '\n\n', text).strip() + '\n'
-    return text,res['outputs']
+    url = address() if url is None else url
+    return (with_address(text, url) if url else text),res['outputs']
 
 
 if __name__ == '__main__':

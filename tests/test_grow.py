@@ -1,40 +1,25 @@
-"`GrowBatch` grows when it should, as far as it may, and gives everything back"
+"`GrowBatch` finds the fastest size in a real training, follows stages that are given, wastes no batch, and gives everything back"
 import math
 
-import pandas as pd, pytest, torch
+import numpy as np, pandas as pd, pytest, torch
 from torch import nn
 from torch.utils import data as torch_data
-from fastai.basics import Callback, CrossEntropyLossFlat, DataLoader, DataLoaders, Learner, SGD, set_seed
-from fastai.callback.schedule import ParamScheduler
+from fastai.basics import Adam, Callback, CrossEntropyLossFlat, DataLoader, DataLoaders, Learner, SGD, set_seed
+from fastai.callback.schedule import ParamScheduler, combined_cos
+from fastai.callback.tracker import SaveModelCallback
 from fastai.callback.training import GradientAccumulation, ShortEpochCallback
 
+from fastai_bs_finder import grow
 from fastai_bs_finder.accumulate import AccumulateGrads
 from fastai_bs_finder.batches import n_examples
 from fastai_bs_finder.demo import digits_learner
 from fastai_bs_finder.finder import *
-from fastai_bs_finder.grow import GrowBatch
-from fastai_bs_finder.predict import scale_lr
+from fastai_bs_finder.grow import GrowBatch, Stage, as_stages, grow_instead_of_decay, lr_factor
+from fastai_bs_finder.measure import BSFinder
 from fastai_bs_finder.set_bs import *
 from fastai_bs_finder.track import NoiseScale
-from footprint import changes, state
 from learners import digits
-
-
-class Says(NoiseScale):
-    "A noise scale that is told what to say, measurement by measurement"
-    def __init__(self, *noise_scales, every=10):
-        super().__init__(every=every, share=1.)
-        self.says = list(noise_scales)
-    def after_batch(self):
-        self.schedule.since += 1
-        if self.schedule.since < self.every or not self.says: return
-        self.schedule.since = 0
-        ns,hi = self.says.pop(0)
-        row = dict(batch=self.train_iter, epoch=self.epoch, step=0, samples=0, loss=1., bs=0, lr=0.) | {k: math.nan for k in self.meter.columns()}
-        self.rows.append(row | dict(noise=1., scale=1/ns, noise_scale=ns, lo=ns/2, hi=hi))
-    def before_backward(self): pass
-    def before_step(self): pass
-    def after_train(self): pass
+from results import result
 
 
 class Watch(Callback):
@@ -54,9 +39,9 @@ def fit(learn, n_epoch, cbs, how='fit', **kwargs):
     return learn
 
 
-def grown(says, n_epoch=3, how='fit', make=digits_learner, lr=.1, every=10, **kwargs):
+def grown(stages, n_epoch=3, how='fit', make=digits_learner, lr=.1, **kwargs):
     learn,watch = make(),Watch()
-    fit(learn, n_epoch, [GrowBatch(Says(*says, every=every), **kwargs), watch], how, **({'lr_max': lr} if how == 'fit_one_cycle' else {'lr': lr}))
+    fit(learn, n_epoch, [GrowBatch(stages, **kwargs), watch], how, **({'lr_max': lr} if how == 'fit_one_cycle' else {'lr': lr}))
     return learn,watch
 
 
@@ -67,29 +52,33 @@ def with_torch_loader():
     return learn
 
 
+n = digits_learner().dls.train.n
+doubling = [(0, 16), (160/n/3, 32), (480/n/3, 64)]  # after 10 batches of 16, and 10 of 32
+
+
 def test_grows_within_an_epoch():
-    learn,watch = grown([(100, 200)]*2)
-    steps,n = [n for epoch,n,_ in watch.steps if epoch == 0],digits_learner().dls.train.n
+    learn,watch = grown(doubling)
+    steps = [n for epoch,n,_ in watch.steps if epoch == 0]
     assert steps[:10] == [16]*10 and steps[10:20] == [32]*10 and set(steps[20:-1]) == {64} and watch.sizes[:len(steps)] == steps
     assert sum(steps) == n and sorted({n for epoch,n,_ in watch.steps if epoch}) == [n % 64, 64]
     log = learn.recorder.bs_changes
-    assert log.bs.tolist() == [16, 32, 64] and log.batch.tolist() == [0, 10, 20] and log.noise_scale.tolist()[1:] == [100, 100]
+    assert log.bs.tolist() == [16, 32, 64] and log.batch.tolist() == [0, 10, 20] and log.why.tolist() == ['given']*3
+    assert log.start.tolist() == pytest.approx([0, 160/n/3, 480/n/3])
 
 
 def test_a_loader_that_does_not_listen_accumulates_until_the_epoch_ends():
-    learn,watch = grown([(100, 200)]*2, make=with_torch_loader)
+    learn,watch = grown(doubling, make=with_torch_loader)
     per_epoch = len(digits_learner().dls.train)
     steps = [n for epoch,n,_ in watch.steps if epoch == 0]
-    assert steps[:10] == [16]*10 and steps[10:15] == [32]*5 and set(steps[15:-1]) == {64}
-    n = learn.dls.train.dataset
-    assert sum(steps) == len(n) and set(watch.sizes[:per_epoch - 1]) == {16}
-    assert {64} == {n for epoch,n,_ in watch.steps if epoch} - {len(n) % 64}
+    assert steps[:10] == [16]*10 and steps[10:20] == [32]*10 and set(steps[20:-1]) == {64}
+    assert sum(steps) == n and set(watch.sizes[:per_epoch - 1]) == {16}
+    assert {64} == {n for epoch,n,_ in watch.steps if epoch} - {n % 64}
 
 
 def test_the_schedule_ends_where_it_should():
     "However the number of batches changes"
     for make in (digits_learner, with_torch_loader):
-        learn,watch = grown([(1000, 2000)]*4, how='fit_one_cycle', make=make, lr_rule=None)
+        learn,watch = grown(doubling + [(.5, 256)], how='fit_one_cycle', make=make)
         other = Watch()
         fit(digits_learner(), 3, [other], 'fit_one_cycle', lr_max=.1)
         assert watch.steps[-1][2] < .1*.05 and max(lr for _,_,lr in watch.steps) == pytest.approx(.1, rel=.01)
@@ -97,41 +86,26 @@ def test_the_schedule_ends_where_it_should():
         assert at(watch) == at(other)
 
 
-def test_at_most_to_the_noise_scale_its_lower_end_and_never_down():
-    assert grown([(31, 40)]*4)[0].recorder.bs_changes.bs.tolist() == [16]
-    assert grown([(33, 40)]*4)[0].recorder.bs_changes.bs.tolist() == [16, 32]
-    assert grown([(100, math.inf)]*4)[0].recorder.bs_changes.bs.tolist() == [16, 32]     # lo = 50
-    assert grown([(100, math.nan)]*4)[0].recorder.bs_changes.bs.tolist() == [16]
-    assert grown([(100, 200), (100, 200), (1, 2), (1, 2)])[0].recorder.bs_changes.bs.tolist() == [16, 32, 64]
-    assert grown([(100, 200)]*4, part=.5)[0].recorder.bs_changes.bs.tolist() == [16, 32]
-
-
 def test_limits():
-    assert grown([(10**6, 10**7)]*20, every=2)[0].recorder.bs_changes.bs.max() == 1024          # of 1,437 examples
-    assert grown([(10**6, 10**7)]*20, every=2, max_bs=100)[0].recorder.bs_changes.bs.max() == 64
-    learn,watch = grown([(10**6, 10**7)]*20, every=2, fits=50)
-    assert learn.recorder.bs_changes.bs.max() == 1024 and max(watch.sizes) == 32 and max(n for _,n,_ in watch.steps) >= 1024 - 32
+    assert grown([(0, 16), (.1, 10**6)])[0].recorder.bs_changes.bs.max() == n
+    assert grown([(0, 16), (.1, 10**6)], max_bs=100)[0].recorder.bs_changes.bs.max() == 100
+    learn,watch = grown([(0, 16), (.1, 1024)], fits=50)
+    assert learn.recorder.bs_changes.bs.max() == 1024 and max(watch.sizes) <= 50 and max(n for _,n,_ in watch.steps) >= 1024 - 50
     learn = digits_learner()
     learn.recorder.bs_fits = 50
     watch = Watch()
-    fit(learn, 3, [GrowBatch(Says(*[(10**6, 10**7)]*20)), watch])
-    assert max(watch.sizes) == 32
+    fit(learn, 3, [GrowBatch([(0, 16), (.1, 1024)]), watch])
+    assert max(watch.sizes) <= 50
 
 
 @pytest.mark.parametrize('how', ('fit', 'fit_one_cycle'))
-@pytest.mark.parametrize('rule,factors', [('noise', [1, (1 + 100/16)/(1 + 100/32), (1 + 100/16)/(1 + 100/64)]), ('linear', [1, 2, 4]), ('sqrt', [1, 2**.5, 2]), (None, [1, 1, 1])])
-def test_the_learning_rate_follows(how, rule, factors):
-    learn,watch = grown([(100, 200)]*2, how=how, lr_rule=rule)
+def test_the_learning_rate_follows(how):
+    factors = [1, 1.7, 2.5]
+    learn,watch = grown([(*o, f) for o,f in zip(doubling, factors)], how=how)
     assert learn.recorder.bs_changes.lr_factor.tolist() == pytest.approx(factors)
-    if how == 'fit': wanted = [.1]*len(learn.recorder.lrs)
-    else:
-        other = digits_learner()
-        fit(other, 3, [], how, lr_max=.1)
-        wanted = other.recorder.lrs[:20]
-    assert learn.recorder.lrs[:10] == pytest.approx(wanted[:10])
-    alone,_ = grown([(100, 200)]*2, how=how, lr_rule=None)
-    assert learn.recorder.lrs[-1]/alone.recorder.lrs[-1] == pytest.approx(factors[-1]) and learn.recorder.lrs[15]/alone.recorder.lrs[15] == pytest.approx(factors[1])
-    if how == 'fit': assert learn.opt.hypers[-1]['lr'] == pytest.approx(.1)
+    alone,_ = grown(doubling, how=how)
+    for i in (0, 15, -1): assert learn.recorder.lrs[i]/alone.recorder.lrs[i] == pytest.approx(factors[{0: 0, 15: 1, -1: 2}[i]])
+    if how == 'fit': assert learn.opt.hypers[-1]['lr'] == pytest.approx(.1) == alone.recorder.lrs[0]
 
 
 def kinds(learn): return sorted(type(o).__name__ for o in learn.cbs)
@@ -144,78 +118,237 @@ class Boom(Callback):
 
 
 @pytest.mark.parametrize('error', (None, KeyboardInterrupt, RuntimeError('boom')))
-@pytest.mark.parametrize('start', (16, 64))
-def test_everything_is_given_back(error, start):
-    learn = digits_learner()
-    with learn.no_logging(): learn.set_bs(start, fits=16)
+@pytest.mark.parametrize('stages', (None, [(0, 64), (.2, 128, 2.), (.4, 256, 3.)]))
+def test_everything_is_given_back(error, stages):
+    learn = digits_learner() if stages else made()
+    if stages:
+        with learn.no_logging(): learn.set_bs(64, fits=16)
     learn.create_opt()
     metrics,cbs = list(learn.metrics),kinds(learn)
     boom = Boom()
     boom.error = error
-    run = lambda: fit(learn, 2, [GrowBatch(Says(*[(1000, 2000)]*3))] + [boom]*(error is not None))
+    run = lambda: fit(learn, 2, [GrowBatch(stages)] + [boom]*(error is not None))
     if error:
         with pytest.raises((KeyboardInterrupt, RuntimeError)): run()
     else: run()
-    assert learn.recorder.bs_changes.bs.tolist() == [start, 2*start, 4*start, 8*start]
-    assert learn.dls.bs == 16 and 'chunkify' not in vars(learn.dls.train) and list(learn.metrics) == metrics and kinds(learn) == cbs and not hasattr(learn, 'noise_scale')
-    if start == 64: assert learn.accumulate_grads.n_acc == 64
+    if stages: assert learn.recorder.bs_changes.bs.tolist() == [64, 128, 256] and learn.accumulate_grads.n_acc == 64
+    else: assert len(learn.recorder.bs_changes) > 1
+    assert learn.dls.bs == 16 and 'chunkify' not in vars(learn.dls.train) and list(learn.metrics) == metrics and kinds(learn) == cbs
     assert learn.opt.hypers[-1]['lr'] == pytest.approx(learn.lr)
 
 
 def test_on_the_learner_for_good():
     learn = digits_learner()
-    learn.add_cb(GrowBatch(Says(*[(1000, 2000)]*2)))
+    learn.add_cb(GrowBatch(doubling))
     with learn.no_bar(), learn.no_logging():
         learn.lr_find(show_plot=False)
         learn.bs_find(.1, 100, show_plot=False, profile=False)
-    assert learn.dls.bs == 16 and not hasattr(learn.recorder, 'bs_changes')
-    fit(learn, 1, [])
-    assert learn.recorder.bs_changes.bs.tolist() == [16, 32, 64] and learn.dls.bs == 16
-    assert learn.recorder.metric_names[-3:] == ['bs', 'noise_scale', 'time']
+    assert learn.dls.bs == 16 and not hasattr(learn.recorder, 'bs_changes') and len(learn.recorder.bs_stats) > 2
+    for _ in range(2):
+        fit(learn, 3, [])
+        assert learn.recorder.bs_changes.bs.tolist() == [16, 32, 64] and learn.dls.bs == 16
+    assert learn.recorder.metric_names[-2:] == ['bs', 'time'] and len(learn.get_preds()) == 2
     learn.remove_cb(GrowBatch)
-    assert not any(isinstance(o, (NoiseScale, AccumulateGrads)) for o in learn.cbs)
+    assert not any(isinstance(o, (BSFinder, AccumulateGrads)) for o in learn.cbs)
 
 
-def test_for_real():
-    "From 4 examples, with a measured noise scale"
+# Measuring in the training
+
+def made(opt_func=SGD, bs=16, copies=8, **kwargs):
+    "The digits several times over, so that a training of a few epochs is long enough"
+    X,y = digits()
+    ds = torch_data.TensorDataset(X.repeat(copies, 1), y.repeat(copies))
     set_seed(0)
-    learn = digits_learner(bs=4)
-    fit(learn, 6, [GrowBatch(NoiseScale(share=.5))], lr=.05)
-    assert learn.recorder.bs_changes.bs.iloc[-1] > 4 and learn.dls.bs == 4 and learn.recorder.values[-1][0] < 1.
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+    return Learner(DataLoaders(DataLoader(ds, bs, shuffle=True), DataLoader(ds, 256)), model, loss_func=CrossEntropyLossFlat(), opt_func=opt_func, **kwargs)
+
+
+@pytest.mark.parametrize('opt_func,lr', [(SGD, .1), (Adam, 3e-3)])
+def test_it_measures_and_jumps(opt_func, lr):
+    learn,watch = made(opt_func),Watch()
+    fit(learn, 3, [GrowBatch(), watch], lr=lr)
+    log,found = learn.recorder.bs_changes,learn.recorder.bs_result
+    assert log.why.tolist()[0] == 'start' and log.why.iloc[-1] == 'fastest' and log.bs.iloc[-1] == found.advised > 16
+    assert {*log.bs} <= {16, *found.profile.step_time} and len(found.profile.step_time) >= 2 and learn.dls.bs == 16
+    assert log.lr_factor.iloc[-1] == pytest.approx(lr_factor(found, found.advised)) and log.start.iloc[-1] < .3
+    assert len(found) >= 6 and learn.recorder.values[-1][1] < .6
+    other = made(opt_func)
+    with other.no_bar(), other.no_logging(): other.bs_find(lr, 120, 8, n_train=4, show_plot=False, profile=False)
+    ours,theirs = found.mean_noise_scale,other.recorder.bs_result.mean_noise_scale
+    assert ours[0]/theirs[0] == pytest.approx(1, abs=.6) and ours[1] < theirs[2] and theirs[1] < ours[2]
+
+
+class Sums(nn.Module):
+    "Its gradient is the mean of the inputs, wherever its weight is"
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(1))
+    def forward(self, x): return (self.w*x).sum(1)
+
+
+def test_each_batch_takes_part_in_a_step():
+    "The weight is what the steps add up to: of a measurement, the mean of its batches at the learning rate of a larger one"
+    x = torch.randn(6400, 1) + 3
+    dl = DataLoader(torch_data.TensorDataset(x, torch.zeros(6400)), 16, shuffle=False)
+    learn = Learner(DataLoaders(dl, dl), Sums(), loss_func=lambda pred, y: pred.mean(), opt_func=SGD)
+    steps = []
+    class Steps(Callback):
+        order,run_valid = 90,False
+        def before_step(self): steps.append((float(self.learn.model.w.grad), self.opt.hypers[-1]['lr'], self.iter))
+    fit(learn, 1, [GrowBatch(n_batch=4), Steps()], lr=1e-3)
+    means = x.view(-1, 16).mean(1)
+    at = [i for *_,i in steps]
+    first = next(k for k in range(1, len(at)) if at[k] - at[k - 1] == 4)
+    assert at[:first] == list(range(first)) and steps[first][0] == pytest.approx(float(means[at[first] - 3:at[first] + 1].mean()), rel=1e-4)
+    taken = sum((4 if at[k] - at[k - 1] == 4 else 1) for k in range(1, len(at))) + 1
+    assert taken == at[-1] + 1 and steps[first][1] == pytest.approx(1e-3)  # nothing is known at the first measurement
+    second = next(k for k in range(first + 1, len(at)) if at[k] - at[k - 1] == 4)
+    assert 1e-3 <= steps[second][1] <= 4e-3 and float(learn.model.w) == pytest.approx(-sum(g*lr for g,lr,_ in steps), rel=1e-3)
+
+
+def test_a_choice_that_is_open_is_measured_on(monkeypatch):
+    asked = []
+    def open_by(found):
+        asked.append(len(found))
+        return .5 if len(found) < 12 else 0.
+    monkeypatch.setattr(grow, 'open_by', open_by)
+    learn = fit(made(), 3, [GrowBatch()], lr=.1)
+    assert len(learn.recorder.bs_result) == 12 and asked[-1] == 12 and learn.recorder.bs_changes.bs.iloc[-1] > 16
+
+
+def test_a_training_that_is_too_short_for_it():
+    "Trying a size may take a tenth of a training"
+    learn,watch = digits_learner(),Watch()
+    fit(learn, 1, [GrowBatch(), watch], lr=.1)
+    assert learn.recorder.bs_changes.bs.max() <= 16 and set(watch.sizes) <= {16, n % 16}
+
+
+def test_what_fits_surely_bounds_what_is_tried(monkeypatch):
+    monkeypatch.setattr(GrowBatch, '_fits_surely', property(lambda self: 40.))
+    learn,watch = made(),Watch()
+    fit(learn, 3, [GrowBatch(), watch], lr=.1)
+    assert max(watch.sizes) <= 40 and learn.recorder.bs_changes.bs.max() > 16
+
+
+@pytest.mark.parametrize('event', ('before_batch', 'after_backward', 'after_batch', '_complete'))
+def test_measuring_that_fails_ends_no_training(event, monkeypatch):
+    was,calls = getattr(BSFinder, event),[]
+    def fails(self, *args):
+        calls.append(1)
+        if len(calls) > 5 or event == '_complete': raise RuntimeError('torn')
+        return was(self, *args)
+    monkeypatch.setattr(BSFinder, event, fails)
+    learn = made()
+    with pytest.warns(UserWarning, match=r'GrowBatch stays with bs=16: measuring failed \(RuntimeError.*torn'): fit(learn, 2, [GrowBatch()], lr=.1)
+    assert learn.recorder.bs_changes.bs.tolist() == [16] and learn.recorder.values[-1][1] < .6
+
+
+def test_a_loss_that_is_not_finite_is_the_trainings_own():
+    learn = made()
+    class Spoil(Callback):
+        order,run_valid = -12,False
+        def before_batch(self):
+            if self.train_iter == 20: self.learn.xb = (self.xb[0]*math.nan,)
+    with pytest.warns(UserWarning, match='measuring failed .the loss is not finite'): fit(learn, 1, [GrowBatch(), Spoil()], lr=.1)
+    assert len(learn.recorder.values) == 1
+
+
+def between(z, t): return nn.functional.cross_entropy(z @ z.T, torch.arange(len(z)))
+
+
+def test_it_says_why_it_stays(capsys):
+    learn = made()
+    learn.loss_func = between
+    with learn.no_bar(): learn.fit(1, .01, cbs=GrowBatch())
+    assert 'The training had bs=16 to its end, because' in ' '.join(capsys.readouterr().out.split())
+    assert learn.recorder.bs_changes.bs.tolist() == [16]
+
+
+def test_it_says_what_it_did(capsys):
+    learn = digits_learner()
+    with learn.no_bar(): learn.fit(3, .1, cbs=GrowBatch([(0, 16), (.5, 64, 2.)]))
+    assert 'The training began with bs=16; after 50% of it bs=64 at 2.0 times the learning rate.' in ' '.join(capsys.readouterr().out.split())
+
+
+def test_as_many_epochs_as_the_plan_says(tmp_path):
+    "Their metrics are recorded, callbacks see them, and the schedule ends with the last of them"
+    learn,watch = made(path=tmp_path),Watch()
+    epochs = []
+    class Epochs(Callback):
+        order = 55
+        def after_epoch(self): epochs.append(self.epoch)
+    fit(learn, 3, [GrowBatch(plan=True), watch, Epochs(), SaveModelCallback(monitor='valid_loss', every_epoch=True)], 'fit_one_cycle', lr_max=.1)
+    n_epoch = learn.recorder.bs_result.plan(learn.recorder.bs_changes.bs.iloc[-1], 3)[0]
+    assert n_epoch > 3 and epochs == list(range(n_epoch)) and len(learn.recorder.values) == n_epoch and watch.steps[-1][2] < .01*max(lr for *_,lr in watch.steps)
+    assert len([*tmp_path.glob('models/*')]) == n_epoch
+    fit(learn, 2, [], 'fit')
+    assert len(learn.recorder.values) == 2
+
+
+def test_a_training_that_is_resumed_follows_what_was_found():
+    learn = made()
+    fit(learn, 3, [GrowBatch()], 'fit_one_cycle', lr_max=.1)
+    again,watch = made(),Watch()
+    fit(again, 3, [GrowBatch(learn.recorder.bs_changes), watch], 'fit_one_cycle', lr_max=.1, start_epoch=1)
+    bs = learn.recorder.bs_changes.bs.iloc[-1]
+    assert {epoch for epoch,*_ in watch.steps} == {1, 2} and set(watch.sizes[:20]) == {bs}
+
+
+def test_from_an_answer():
+    learn = made()
+    with learn.no_bar(), learn.no_logging(): learn.bs_find(.1, show_plot=False)
+    found = learn.recorder.bs_result
+    watch = Watch()
+    fit(learn, 1, [GrowBatch(found), watch], lr=.1)
+    assert set(watch.sizes[:-1]) == {found.advised} and learn.recorder.bs_changes.lr_factor.item() == pytest.approx(lr_factor(found, found.advised))
+    assert learn.recorder.lrs[0] == pytest.approx(.1*lr_factor(found, found.advised))
+
+
+def test_beside_noise_scale():
+    learn = made()
+    fit(learn, 2, [GrowBatch(), NoiseScale(share=None, every=30)], lr=.1)
+    assert learn.recorder.bs_changes.bs.iloc[-1] > 16 and len(learn.recorder.noise_scale) > 2
+
+
+# Stages
+
+def test_stages():
+    assert as_stages([Stage(.5, 64), (0, 16)]) == [Stage(0, 16), Stage(.5, 64)]
+    known = result(*[(1000, 900, 1100)]*3, step_time={b: .01 + 1e-4*b for b in (16, 64, 256, 1024)})
+    assert as_stages(known) == [Stage(0., known.advised, lr_factor(known, known.advised))] and known.advised > 64
+    frame = pd.DataFrame([dict(start=0., bs=16, lr_factor=1., why='start'), dict(start=.1, bs=99, lr_factor=3., why='trial'), dict(start=.2, bs=64, lr_factor=2., why='fastest')])
+    assert as_stages(frame) == [Stage(0., 16, 1.), Stage(.2, 64, 2.)]
+
+
+def test_growing_instead_of_decay():
+    "The product of schedule and factor stays between half the peak and the peak"
+    sched = combined_cos(.25, 1, 25, 0)
+    stages = grow_instead_of_decay(sched, 64, 512)
+    assert [o.bs for o in stages] == [64, 128, 256, 512] and [o.lr_factor for o in stages] == [1, 2, 4, 8]
+    for p in np.linspace(.25, .8, 50):
+        now = [o for o in stages if o.start <= p][-1]
+        assert now.lr_factor == 8 or 12.49 <= sched(p)*now.lr_factor <= 25.01
+    assert len(grow_instead_of_decay(lambda p: 1., 64, 512)) == 1
 
 
 @pytest.mark.parametrize('args,words', [
-    (dict(noise_scale=3), 'noise_scale=3 is not a NoiseScale'), (dict(lr_rule='lin'), "lr_rule='lin' is not one of 'noise', 'linear', 'sqrt', None"),
-    (dict(max_bs=0), 'max_bs=0'), (dict(fits=1.5), 'fits=1.5'), (dict(part=0), 'part=0')])
+    (dict(stages=3), 'stages=3 are no stages'), (dict(stages=[]), 'are no stages'), (dict(stages=[(0, 0)]), 'bs=0'), (dict(stages=[(1.5, 16)]), 'start=1.5'),
+    (dict(stages=[(0, 16, -1)]), 'lr_factor=-1'), (dict(stages=result()), 'suggests no batch size'), (dict(max_bs=0), 'max_bs=0'), (dict(fits=1.5), 'fits=1.5'),
+    (dict(n_batch=1), 'n_batch=1'), (dict(regret=-1), 'regret=-1')])
 def test_bad_input(args, words):
     with pytest.raises(ValueError, match=words): GrowBatch(**args)
 
 
 def test_what_does_not_go_together():
-    with pytest.raises(ValueError, match='2 NoiseScale callbacks.*GrowBatch'): fit(digits_learner(), 1, [GrowBatch(), NoiseScale()])
     with pytest.raises(ValueError, match='take that off'): fit(digits_learner(), 1, [GradientAccumulation(32), GrowBatch()])
+    with pytest.raises(ValueError, match=r'this learner accumulates the gradients of several, 32 examples.*GrowBatch\(learn.recorder.bs_result\)'):
+        fit(digits_learner(), 1, [AccumulateGrads(32), GrowBatch()])
 
 
 def test_an_epoch_that_is_cut_short_does_not_compound_the_learning_rate():
     learn,watch = digits_learner(),Watch()
-    fit(learn, 4, [GrowBatch(Says(*[(100, 200)]*2), lr_rule='linear'), ShortEpochCallback(.4, short_valid=False), watch], lr=.1)
+    fit(learn, 4, [GrowBatch([(0, 16), (.02, 32, 2), (.04, 64, 4)]), ShortEpochCallback(.4, short_valid=False), watch], lr=.1)
     assert max(lr for _,_,lr in watch.steps) == pytest.approx(.4) and learn.opt.hypers[-1]['lr'] == pytest.approx(.1)
-
-
-def test_set_bs_with_it_on_the_learner():
-    learn = digits_learner()
-    learn.add_cb(GrowBatch(Says(*[(1000, 2000)])))
-    learn.set_bs(32)
-    fit(learn, 1, [])
-    assert learn.recorder.bs_changes.bs.tolist() == [32, 64] and learn.dls.bs == 32
-    boom = Boom()
-    boom.error = KeyboardInterrupt
-    learn.grow_batch.tracker.says = [(1000, 2000)]
-    with pytest.raises(KeyboardInterrupt): fit(learn, 2, [boom])
-    learn.set_bs(8)
-    assert learn.dls.bs == 8
-    fit(learn, 1, [])
-    assert learn.dls.bs == 8 and len(learn.get_preds()) == 2
 
 
 def test_loaders_that_are_added_later_stay():
@@ -234,6 +367,6 @@ def test_no_batch_of_one_for_a_batch_norm(make, n, bs):
     dl = make(torch_data.TensorDataset(X[:n], y[:n]), bs, shuffle=True)
     learn = Learner(DataLoaders(dl, dl), nn.Sequential(nn.Linear(64, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 10)), loss_func=CrossEntropyLossFlat(), opt_func=SGD)
     watch,was = Watch(),dl.drop_last
-    fit(learn, 4, [GrowBatch(Says((1e4, 2e4), (1e4, 2e4), every=5)), watch], lr=.1)
+    fit(learn, 4, [GrowBatch([(0, bs), (.05, 2*bs), (.1, 4*bs)]), watch], lr=.1)
     assert 1 not in watch.sizes and max(watch.sizes) == 4*bs and sum(watch.sizes) >= 4*(n - 1)
     assert dl.drop_last == was and len(dl) == -(-n//bs) and not [k for k in vars(dl) if 'leaves' in k]

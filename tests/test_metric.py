@@ -327,7 +327,7 @@ def test_the_learning_rate_follows_the_experiment_everywhere(opt, lr):
         assert result.run.opt == 'adam' and lr < result.at_bs(128)['lr'] < 8**.5*lr
         learn.bs_sweep([16], budget=dict(steps=3), lrs=[lr], show_plot=False)
         assert learn.recorder.bs_sweep_result.opt == 'adam'
-        learn.fit(1, lr, cbs=GrowBatch(NoiseScale(share=None)))
+        learn.fit(1, lr, cbs=NoiseScale(share=None))
         assert learn.recorder.noise_scale_result.opt == 'adam'
 
 
@@ -407,7 +407,7 @@ def test_everything_takes_complex_parameters(make, opt_func):
         learn.bs_sweep([16, 32], budget=dict(steps=3), lrs=[1e-3], show_plot=False)
     assert_no_footprint(make_learner, find, lambda learn: learn.fit(1, 1e-3))
     learn = make_learner()
-    for cb in (NoiseScale(share=None, n_batch=3), GrowBatch(NoiseScale(share=None, n_batch=3))): learn.fit(2, 1e-3, cbs=cb)
+    for cb in (NoiseScale(share=None, n_batch=3), GrowBatch(n_batch=3)): learn.fit(2, 1e-3, cbs=cb)
     assert np.isfinite(learn.recorder.noise_scale[['noise', 'opt_noise']]).all(axis=None)
 
 

@@ -146,7 +146,7 @@ def test_batches_that_are_not_plain_tensors(make):
     with learn.no_bar(), learn.no_logging():
         learn.bs_find(.01, 40, 5, show_plot=False, profile=False)
         learn.fit(1, .01, cbs=NoiseScale(share=None, every=5))
-        learn.fit(1, .01, cbs=GrowBatch(NoiseScale(share=None, every=5)))
+        learn.fit(1, .01, cbs=GrowBatch(n_batch=2))
     assert len(learn.recorder.bs_stats) and len(learn.recorder.noise_scale)
 
 

@@ -125,3 +125,19 @@ def test_the_table_of_what_works_is_that_of_the_tests():
     table = pd.read_csv(root/'tests/works_with.csv')
     assert set(zip(table['kind'], table['name'])) == {('application', name) for name in applications} | set(rows) | {('library', name) for name in libraries}
     assert (table[['works', 'footprint-free']] == 'yes').all(axis=None)
+
+
+def test_with_an_address_the_readme_has_links_from_anywhere_and_badges(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(root/'nbs')
+    import readme
+    url = 'https://github.com/someone/fastai_bs_finder'
+    text,pictures = readme.readme(url)
+    links = re.findall(r'\]\(([^)]+)\)', text)
+    assert len(links) > 20 and all(o.startswith('https://') or o.startswith('#') for o in links) and f'({url}/raw/main/{next(iter(pictures))})' in text
+    assert f'({url}/blob/main/docs/faq.md#i-have-a-table' in text and '/github/someone/fastai_bs_finder/blob/main/nbs/00_tutorial.mnist.ipynb)' in text
+    (tmp_path/'nbs').mkdir()
+    monkeypatch.setattr(readme, 'nbs', tmp_path/'nbs')
+    (tmp_path/'pyproject.toml').write_text(f'[project.urls]\nSource = "{url}/"\n\n[tool.other]\nSource = "no"\n')
+    assert readme.address() == url
+    (tmp_path/'pyproject.toml').write_text('[project.urls]\n\n[tool.other]\nSource = "no"\n')
+    assert readme.address() == ''

@@ -71,7 +71,7 @@ def test_the_band_is_as_wide_as_the_times_are_uncertain():
     known = dict(opt='adam', step_time={16: 1., 64: 1.2, 256: 2.})
     steady,rough = (result(*[(300, 250, 350)]*3, **known, timings={64: t}) for t in ([1.2]*20, [1.2, .8, 1.6]*4))
     (lo,hi),(low,high) = steady.band,rough.band
-    assert steady.tolerance == .05 < rough.tolerance < .5 and low < lo and hi <= high
+    assert steady.tolerance == .1 < rough.tolerance < .5 and low < lo and hi <= high
     assert rough.times(2).time[[low, high]].max() <= (1 + rough.tolerance)*rough.times().time.min()
     assert f"Batch sizes from {low} to {high} are about as fast (within {rough.tolerance:.0%})" in ' '.join(str(rough).split())
 
@@ -83,7 +83,7 @@ def test_the_band_holds_the_shortest_time(r):
         assert r.band is None and not r.profile.step_time
         return
     (lo,hi),beyond = r.band,r.times(2).time
-    assert lo <= times.time.idxmin() <= hi and beyond[lo] <= 1.05*times.time.min() and beyond[hi] <= 1.05*times.time.min()
+    assert lo <= times.time.idxmin() <= hi and beyond[lo] <= 1.1*times.time.min() and beyond[hi] <= 1.1*times.time.min()
     assert times.time[r.run.bs] == pytest.approx(1) and (times.worst >= times.time - 1e-9).all() and (times.regret >= 0).all()
     assert (times.regret + 1 >= times.time/times.time.min() - 1e-9).all() and times.index.max() <= max(*r.profile.step_time, r.run.bs)
     assert all(b <= (r.largest or inf) for b in times.index if b != r.run.bs)

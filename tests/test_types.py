@@ -18,7 +18,7 @@ assert_type(fieller(np.ones(4), np.ones(4)), tuple[float, float])
 meter = NoiseMeter(beta=.9)
 assert_type(meter.add([torch.zeros(2)], 16), bool)
 assert_type(meter.n_batch, int)
-NoiseScale(share=None), AccumulateGrads(64), GrowBatch(NoiseScale(share=.1))
+NoiseScale(share=None), AccumulateGrads(64), GrowBatch([Stage(0, 64)])
 """
 misuses = "rel_steps('64', 16, 100.)", 'NoiseMeter(beta=None)', "NoiseScale(every='often')", 'meter.add(torch.zeros(2), 16)', 'AccumulateGrads([64])', 'meter.mesure()'
 

@@ -19,8 +19,8 @@ known = (350, 300, 400),(400, 300, 500),(450, 350, 600)
 def small(*rows, n=1500, bs=16, **facts): return result(*rows, n=n, bs=bs, **facts)
 
 
-race = Race([64, 256], [100, 60], 1.23, [.47, .41], [0, .01])
-lost = Race([64, 256], [100, 60], 1.23, [.41, .47], [0, .01])
+race = Race([64, 192], [100, 60], 1.23, [.47, .41], [0, .01])
+lost = Race([64, 192], [100, 60], 1.23, [.41, .47], [0, .01])
 
 
 @pytest.mark.parametrize('found,bs,words', [
@@ -67,15 +67,15 @@ def test_of_the_noise_scale(found, bs, words):
 
 
 @pytest.mark.parametrize('found,words', [
-    (result(*known, step_time=linear, max_bs=3000), "Train with bs=256 at lr≈0.28 for 5 epochs instead of 3: about 0.72 of the time of bs=64.\n"),
-    (result(*known, step_time=linear, n_epoch=30), "Train with bs=256 at lr≈0.28 for 43 epochs instead of 30: about 0.62 of the time of bs=64.\n"),
+    (result(*known, step_time=linear, max_bs=3000), "Train with bs=192 at lr≈0.23 for 4 epochs instead of 3: about 0.66 of the time of bs=64.\n"),
+    (result(*known, step_time=linear, n_epoch=30), "Train with bs=192 at lr≈0.23 for 39 epochs instead of 30: about 0.64 of the time of bs=64.\n"),
     (result(*[(3000, 900, 9000)]*3, step_time={64: .01, 256: .01}, suggested=dict(fastest=256)), "Train with bs=256 at lr≈0.38 for 3 epochs, as with bs=64: about 0.25 of the time.\n"),
-    (result(*known, step_time=linear), "measured with bs=64 at lr=0.1. Batch sizes from 192 to 384 are about as fast (within 5%)."),
-    (result(*known, step_time=linear, enough='clear', spent=120), "are about as fast (within 5%). After 120 batches the choice was clear."),
+    (result(*known, step_time=linear), "measured with bs=64 at lr=0.1. Batch sizes from 192 to 512 are about as fast (within 10%)."),
+    (result(*known, step_time=linear, enough='clear', spent=120), "are about as fast (within 10%). After 120 batches the choice was clear."),
     (result(*known, step_time=linear, enough='cost'), "More batches would have cost more than they could save."),
     (result(*[(600, 200, inf)]*3, step_time=linear), "The choice is open by 24%: to learn more, ask again with num_it=400 or n_batch=40"),
-    (result(*known, step_time=linear, race=race), "In a race of 1.2 s each, bs=256 got to a loss of 0.41, bs=64 to 0.47."),
-    (result(*known, step_time=linear, race=lost), "Stay with bs=64: in a race of 1.2 s each, bs=256 got to a loss of 0.47, bs=64 to 0.41.\n"),
+    (result(*known, step_time=linear, race=race), "In a race of 1.2 s each, bs=192 got to a loss of 0.41, bs=64 to 0.47."),
+    (result(*known, step_time=linear, race=lost), "Stay with bs=64: in a race of 1.2 s each, bs=192 got to a loss of 0.47, bs=64 to 0.41.\n"),
     (result(*[(6, 5, 7)]*3, step_time=linear), "Stay with bs=64: no other batch size should be much faster here (bs=32: 0.97 of the time).\n"),
     (result(*[(300, 10, 9000)]*3, step_time=linear), "Stay with bs=64 for now: bs=256 may take 0.66 of the time, but perhaps 1.6 times as long; to learn more, ask again with num_it=400 or n_batch=40.\n"),
     (result(*[(300, 10, 9000)]*3, step_time=linear, enough='cost'), "perhaps 1.6 times as long; more batches would cost more than they could save.\n"),
@@ -90,8 +90,8 @@ def test_of_the_noise_scale(found, bs, words):
     (result(*known, bs=16, capped=True, max_bs=16, min_bs=16, unfit='shape'), "\nOnly batches of 16 examples work here, other sizes fail (shape)"),
     (result(*known, step_time=linear, cut_short=True), "Larger batches may be faster still, but there was no time to try them: ask again with profile=2."),
     (result(*known, step_time=linear, timings={64: [1, 1, 2, 2., 2.5, 3]}, cut_short=True), "\nStep times are known within 21% only: other programs may be running; ask again when they are not."),
-    (result(*known, step_time=linear, lr_given=slice(.01, .1)), "at lr≈slice(0.028, 0.28) for"),
-    (result(*known, step_time=linear, loss='sum'), "at lr≈0.071 for 5 epochs instead of 3"),
+    (result(*known, step_time=linear, lr_given=slice(.01, .1)), "at lr≈slice(0.023, 0.23) for"),
+    (result(*known, step_time=linear, loss='sum'), "at lr≈0.078 for 4 epochs instead of 3"),
     (result(*known, step_time=linear, suggested=dict(mine=8)), "Train with bs=8 at lr≈0.014 for 2 epochs instead of 3: about 4.2 times the time of bs=64.\n"),
     (result(*[(300, 10, 9000)]*3, step_time=linear, suggested=dict(mine=256)), "Train with bs=256 at lr≈0.26 for 5 epochs instead of 3: about 0.72 of the time (0.44 to 1.6) of bs=64.\n"),
     (result(*known, suggested=dict(mine=70)), "Train with bs=70 at lr≈0.11 for 3 epochs, as with bs=64: about 0.91 of the steps.\n"),
@@ -189,7 +189,7 @@ def test_the_table_reads_well():
 
 def test_a_notebook_shows_sentence_table_and_picture():
     html = result(*known, step_time=linear)._repr_html_()
-    assert '<p>Train with bs=256 at' in html and '</p><p>The noise scale' in html and '64 (in use)' in html and '<img src="data:image/png;base64,' in html
+    assert '<p>Train with bs=192 at' in html and '</p><p>The noise scale' in html and '64 (in use)' in html and '<img src="data:image/png;base64,' in html
     assert 'No measurement of 10 batches' in result()._repr_html_() and '<img' not in result()._repr_html_()
 
 
