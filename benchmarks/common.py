@@ -4,6 +4,7 @@ from concurrent.futures import ProcessPoolExecutor
 from datetime import date
 from multiprocessing import get_context
 from pathlib import Path
+from textwrap import fill
 
 import fastai, torch
 from matplotlib.figure import Figure
@@ -81,7 +82,7 @@ def panels(df, name):
     "A panel for the rows of each task, from top to bottom; when all are drawn, `name`.png is written"
     fig = Figure(figsize=(9, 2.8), layout='constrained')
     for ax,(task,d) in zip(fig.subplots(1, df.task.nunique(), sharey=True, squeeze=False)[0], df.groupby('task', sort=False)):
-        ax.set_title(task, size='medium')
+        ax.set_title(fill(task, 18), size='small')
         yield ax,d
     ax.invert_yaxis()
     fig.savefig(here/f'{name}.png', dpi=90)

@@ -9,7 +9,7 @@ from common import here, panels, write_page
 from tasks import tasks
 from training import best_runs, geomean, ToTargets
 
-start,constant,seeds = 64,(64, 256, 1024),(0, 1, 2)
+start,constant,seeds,most = 64,(64, 256, 1024),(0, 1, 2),4000
 compared = {'MNIST, ConvNet with batch-norm, Adam': .04, 'MNIST, MLP, Adam': .1, 'MNIST, MLP, SGD': .1, 'Surnames, LSTM, Adam': .25, 'Rossmann, tabular_learner, Adam': .045}
 finds,grows = 'bs_find and set_bs','GrowBatch()'
 
@@ -27,7 +27,7 @@ def run(task, way, target, bs, lr, seed, n_epoch):
         learn.set_bs(learn.bs_find(lr, show_plot=False, n_epoch=n_epoch))
         lr,finder = learn.bs_plan(n_epoch)[1],time.perf_counter() - begin
     if way == grows: cbs = [told(n_epoch)]
-    cb,bs = ToTargets((target,), 4000),learn.dls.train.bs
+    cb,bs = ToTargets((target,), most),learn.dls.train.bs
     learn.fit(10**6, lr, cbs=[cb, *cbs])
     changes = learn.recorder.bs_changes if cbs else None
     ok = bool(cb.reached)
@@ -39,7 +39,7 @@ def picture(df):
     "Seconds to the target, and those of the fastest and the slowest seed"
     for ax,d in panels(df, 'growing'):
         ax.barh(d.way, d.seconds, color=['.7' if w.startswith('constant') else 'C0' for w in d.way], xerr=(d.seconds - d.fastest_seed, d.slowest_seed - d.seconds))
-        ax.set_xlabel(f'seconds to a loss of {d.target.iloc[0]:g}')
+        ax.set_xlabel(f'seconds to\na loss of {d.target.iloc[0]:g}')
 
 
 def main():
@@ -75,7 +75,7 @@ learning rate, and use the one that they advise for another size. Seconds are wi
         [f"Of the time of the best constant batch size at its best learning rate: {mean('of_best_constant')}."] + [f"It takes longer than `bs_find` on {', '.join(slow)}."]*bool(slow),
         f"""![Seconds to the target](growing.png)
 
-Bars are geometric means, lines go from the fastest to the slowest of {len(seeds)} seeds.
+Bars are geometric means, lines go from the fastest to the slowest of {len(seeds)} seeds. Where there is no bar, one of the trainings did not reach the target in {most:,} steps.
 
 {df.to_markdown(index=False, floatfmt='.3g')}""")
 

@@ -217,6 +217,7 @@ def _begin(self:GrowBatch):
     self._start,self._left_one = start,leaves_out_one(dl)
     self._least = 2 if normalizes_batches(self.learn.model) else 1
     self.bs,self._factor,self._ahead,self._rows,self._seconds,self._why_not = max(start[1:]),1.,[],[],{},None
+    self._far = None
     self._window.n_acc = self.bs
     self._fits = self.fits or (start[1] if start[2] > start[1] else known_fits(self.learn))
     self._most = min(self.limit or math.inf, n_train_examples(self.learn) or math.inf)
@@ -246,7 +247,7 @@ def tidy(self:GrowBatch):
 def after_fit(self:GrowBatch):
     speaks = self._start is not None
     self.tidy()
-    if speaks: say(self.learn, growth_summary(self._rows, self._why_not))
+    if speaks: say(self.learn, growth_summary(self._rows, self._why_not, None if self.plan else self._far))
 
 # %% ../nbs/51_grow.ipynb #3648120f
 @patch
@@ -399,12 +400,13 @@ def _settle(self:GrowBatch, result, best):
     keep_result(self.recorder, 'bs_result', result)
     self._phase,self.measure.meter = 'over',None  # it holds gradients
     if best == self._start[1]: return self._stay()
-    if self.plan: self._plan(result, best)
+    self._far = self.n_epoch,result.plan(best, self.n_epoch)[0]
+    if self.plan: self._plan()
     self._go(best, lr_factor(result, best), 'fastest')
 
 @patch
-def _plan(self:GrowBatch, result, best):
+def _plan(self:GrowBatch):
     "As many epochs as get as far as those of the fit with the size in use"
-    self.learn.n_epoch = max(result.plan(best, self.n_epoch)[0], self.epoch + 1)
+    self.learn.n_epoch = max(self._far[1], self.epoch + 1)
     for o in self.learn.cbs:
         if isinstance(o, ProgressCallback) and hasattr(o, 'mbar'): o.mbar.main_bar.total = self.n_epoch

@@ -411,13 +411,16 @@ NoiseScaleResult.__str__ = NoiseScaleResult.__repr__ = noise_scale_summary
 def growth_summary(
     rows:list, # What `GrowBatch` did: dicts with `start`, `bs`, `lr_factor`, `why`
     result:BSResult|None=None, # What it measured, where that does not tell what other batch sizes would do
+    far:tuple|None=None, # The number of epochs, and how many get as far with the last size
 ) -> str: # A sentence
     "Which batch sizes a training had"
     kept = [o for o in rows if o['why'] != 'trial']
     because = reasons.get(result.failure or result.hindrance) if result else None
     if len(kept) == 1: return f"The training had bs={kept[0]['bs']} to its end{f', because {because}' if because else ''}."
     later = [f"after {o['start']:.0%} of it bs={o['bs']} at {as_ratio(o['lr_factor'])} times the learning rate" for o in kept[1:]]
-    return f"The training began with bs={kept[0]['bs']}; {', '.join(later)}."
+    text = f"The training began with bs={kept[0]['bs']}; {', '.join(later)}."
+    if not far or far[1] <= far[0]: return text
+    return f"{text} To get as far as in {far[0]} epoch{'s' if far[0] > 1 else ''} with bs={kept[0]['bs']}, train for {far[1]}: GrowBatch(plan=True)."
 
 # %% ../nbs/32_words.ipynb #58099627
 def _target(result):

@@ -270,6 +270,15 @@ def test_it_says_what_it_did(capsys):
     assert 'The training began with bs=16; after 50% of it bs=64 at 2.0 times the learning rate.' in ' '.join(capsys.readouterr().out.split())
 
 
+def test_it_says_how_many_epochs_get_as_far(capsys):
+    for plan in (False, True):
+        learn = made()
+        with learn.no_bar(): learn.fit(3, .1, cbs=GrowBatch(plan=plan))
+        far = learn.recorder.bs_result.plan(learn.recorder.bs_changes.bs.iloc[-1], 3)[0]
+        said = ' '.join(capsys.readouterr().out.split())
+        assert far > 3 and (f'To get as far as in 3 epochs with bs=16, train for {far}: GrowBatch(plan=True).' in said) == (not plan)
+
+
 def test_as_many_epochs_as_the_plan_says(tmp_path):
     "Their metrics are recorded, callbacks see them, and the schedule ends with the last of them"
     learn,watch = made(path=tmp_path),Watch()
