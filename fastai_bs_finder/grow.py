@@ -133,7 +133,7 @@ class _Measure(BSFinder, AsideCallback):
 
 # %% ../nbs/51_grow.ipynb #ee84e32e
 class GrowBatch(AsideCallback):
-    "Find the fastest batch size in the first batches of a training and go on with it, or follow `stages`; seen in `learn.recorder.bs_changes` and a column of the progress table"
+    "Find the fastest batch size in the first batches of a training and go on with it, or follow `stages`; see `learn.recorder.bs_changes`"
     order,run_valid = ParamScheduler.order + 1,False
     def __init__(self,
         stages=None, # What to follow: `learn.recorder.bs_result`, `Stage`s or tuples of their fields, the `bs_changes` of a training before; `None`: measure
