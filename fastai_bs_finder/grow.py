@@ -197,7 +197,7 @@ def before_train(self:GrowBatch):
     self.learn.dl = dl = self.dls.train
     self._at_once = follow_at_once(dl, self._least)
     leave_out_one(dl, None if self._at_once else self.learn.model)
-    self._per_epoch = min(n_train_examples(self.learn) or math.inf, (len_or_none(dl) or 0)*batch_size(dl))
+    self._per_epoch = min(n_train_examples(self.learn) or math.inf, (len_or_none(dl) or math.inf)*batch_size(dl))
 
 @patch
 def _begin(self:GrowBatch):
@@ -211,15 +211,15 @@ def _begin(self:GrowBatch):
     dl = self.dls.train
     check_settable(dl)
     start = dl,batch_size(dl),self._window.n_acc
-    if self.stages is None and start[2] > start[1]:
-        raise ValueError(f"GrowBatch measures with the batches of the loader, and this learner accumulates the gradients of several, {start[2]} examples: "
+    bs = max(start[1:])
+    fits = self.fits or (start[1] if bs > start[1] else known_fits(self.learn))
+    if self.stages is None and micro_bs(bs, fits) < bs:
+        raise ValueError(f"GrowBatch measures with the batches of the loader, and this learner accumulates the gradients of several, {bs} examples: "
                          "ask learn.bs_find() first, and give its answer, GrowBatch(learn.recorder.bs_result)")
     self._start,self._left_one = start,leaves_out_one(dl)
     self._least = 2 if normalizes_batches(self.learn.model) else 1
-    self.bs,self._factor,self._ahead,self._rows,self._seconds,self._why_not = max(start[1:]),1.,[],[],{},None
-    self._far = None
-    self._window.n_acc = self.bs
-    self._fits = self.fits or (start[1] if start[2] > start[1] else known_fits(self.learn))
+    self.bs,self._fits,self._factor,self._ahead,self._rows,self._seconds,self._why_not,self._far = bs,fits,1.,[],[],{},None,None
+    self._window.n_acc = bs
     self._most = min(self.limit or math.inf, n_train_examples(self.learn) or math.inf)
     if self.stages is None:
         self._phase,self.measure.n_batch = 'measuring',max(min(self.n_batch, len_or_none(dl) or self.n_batch), 2)
@@ -367,7 +367,7 @@ def _choose(self:GrowBatch):
     best,open_ = fastest(result) or bs0,open_by(result)
     clear = open_ is not None and open_ < (2 if best == bs0 else 1)*self.regret
     all_tried = quickest(result, foreseen) in timed  # else it is not the noise scale that is missing
-    if clear or len(result) >= _most or result.stuck or not all_tried: return self._settle(result, best)
+    if clear or len(result) >= _most or result.stuck or not (all_tried and self._at_once): return self._settle(result, best)
     self._phase = 'measuring'
     if self.bs != bs0: self._go(bs0, 1., 'trial')
     self.measure.go_on()

@@ -206,6 +206,17 @@ def test_each_batch_takes_part_in_a_step():
     assert 1e-3 <= steps[second][1] <= 4e-3 and float(learn.model.w) == pytest.approx(-sum(g*lr for g,lr,_ in steps), rel=1e-3)
 
 
+def test_a_loader_that_does_not_listen_tries_sizes_in_later_epochs(monkeypatch):
+    "Each size has an epoch, and a choice that is open is not measured on, at another size"
+    monkeypatch.setattr(grow, 'open_by', lambda found: .5)
+    learn,watch = made(),Watch()
+    learn.dls.loaders[0] = torch_data.DataLoader(learn.dls.train.dataset, 16, shuffle=True)
+    fit(learn, 6, [GrowBatch(), watch], lr=.05)
+    log = learn.recorder.bs_changes
+    assert log.why.iloc[-1] == 'fastest' and len(learn.recorder.bs_result) == 6 and set(watch.sizes) - {16} >= {64}
+    assert log[log.why == 'trial'].epoch.is_unique
+
+
 def test_a_choice_that_is_open_is_measured_on(monkeypatch):
     asked = []
     def open_by(found):
@@ -352,6 +363,7 @@ def test_what_does_not_go_together():
     with pytest.raises(ValueError, match='take that off'): fit(digits_learner(), 1, [GradientAccumulation(32), GrowBatch()])
     with pytest.raises(ValueError, match=r'this learner accumulates the gradients of several, 32 examples.*GrowBatch\(learn.recorder.bs_result\)'):
         fit(digits_learner(), 1, [AccumulateGrads(32), GrowBatch()])
+    with pytest.raises(ValueError, match='this learner accumulates the gradients of several, 16 examples'): fit(digits_learner(), 1, [GrowBatch(fits=8)])
 
 
 def test_an_epoch_that_is_cut_short_does_not_compound_the_learning_rate():
