@@ -29,9 +29,9 @@ from .predict import round_bs, scale_lr
 from .processes import by_itself, processes_of, together
 from .profile import profile_steps
 from .race import run_race
-from .result import BSResult, Profile, foreseen, keep_result, keep_sizes, layer_table
+from .result import BSResult, Profile, foreseen, keep_found, keep_sizes, layer_table
 from .snapshot import Snapshot
-from .suggest import critical, fastest, open_by, quickest
+from .suggest import critical, fastest, is_clear, open_by, quickest
 from .words import bs_summary, say
 import fastai_bs_finder.plot
 
@@ -152,7 +152,7 @@ def why_enough(
     if result.stuck: return 'stuck'
     regret,bs,run = open_by(result),fastest(result),result.run
     if regret is None: return ''
-    if bs and regret < (2 if bs == run.bs else 1)*run.regret: return 'clear'
+    if bs and is_clear(result, bs): return 'clear'
     cost = run.spent*result.step_time(run.measured_bs or run.bs)/result.step_time(run.bs)
     return 'cost' if n_epoch_it and cost > _expected*regret/(1 + regret)*run.n_epoch*n_epoch_it else ''
 
@@ -246,10 +246,6 @@ def _one_more(result, bs, seconds, worth, race):
     third = min(times.index, key=lambda b: abs(math.log(b/wanted)))
     return int(third) if third not in race.sizes and (behind or times.time[third] < 1.1*times.time[bs]) else None
 
-def _keep(learn, result):
-    "Put the result on the recorder"
-    learn.recorder.bs_stats,learn.recorder.bs_table = result.stats,result.table
-    keep_result(learn.recorder, 'bs_result', result)
 
 # %% ../nbs/50_finder.ipynb #b5c928fe
 @patch
@@ -313,14 +309,14 @@ def bs_find(self:Learner,
         except Exception:
             if bs == bs0: raise
             cb,result = found_with(bs0)  # a model, or a loss, for one batch size
-        _keep(self, result)  # before it is complete: a suggestion function may fail
+        keep_found(self.recorder, result)  # before it is complete: a suggestion function may fail
         self.recorder.bs_layers = layer_table(self.model, cb.meter.params, np.reshape(cb.parts, (-1, 2, len(cb.meter.params))), beta)
         found = result.profile
         if found.max_bs: keep_sizes(self.recorder, processes.each(found.max_bs), processes.each(found.min_bs or 1), found.unfit)
         suggested = {name: f(result) for name,f in zip(names, funcs)}
         processes.barrier()
         result = result.changed(suggested=processes.first(suggested))
-        _keep(self, result)
+        keep_found(self.recorder, result)
     if processes.rank == 0: say(self, bs_summary(result))
     if processes.rank == 0 and show_plot and len(result): self.recorder.plot_bs_find()
     return namedtuple('SuggestedBS', names)(**result.suggested)

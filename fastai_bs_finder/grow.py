@@ -7,13 +7,12 @@ __all__ = ['Stage', 'lr_factor', 'as_stages', 'grow_instead_of_decay', 'GrowBatc
 
 # %% ../nbs/51_grow.ipynb #77a79df8
 import math, warnings
-from collections.abc import Iterable
 from dataclasses import astuple, dataclass
 from statistics import median
 
 import pandas as pd, torch
 from fastcore.basics import patch
-from fastai.callback.core import Callback, CancelBatchException, CancelEpochException, CancelFitException, CancelTrainException, CancelValidException
+from fastai.callback.core import CancelEpochException, CancelFitException
 from fastai.callback.progress import ProgressCallback
 from fastai.callback.schedule import ParamScheduler
 from fastai.callback.training import GradientAccumulation
@@ -25,12 +24,13 @@ from .checks import check_share, check_whole
 from .loaders import batch_size, check_settable, follow_at_once, follow_no_more, leave_out_one, leaves_out_one, len_or_none
 from .loaders import n_train_examples, normalizes_batches, rebatch
 from .measure import BSFinder
-from .mock import StepClock, in_a_line
+from .mock import StepClock, cancels, in_a_line
 from .predict import scale_lr
 from .processes import is_distributed
-from .result import BSResult, Profile, foreseen, keep_result, noise_in_use
+from .profile import rising
+from .result import BSResult, Profile, foreseen, keep_found, noise_in_use
 from .set_bs import known_fits
-from .suggest import critical, fastest, open_by, quickest
+from .suggest import critical, fastest, is_clear, quickest
 from .words import growth_summary, say
 import fastai_bs_finder.plot
 
@@ -89,8 +89,6 @@ def grow_instead_of_decay(
 # %% ../nbs/51_grow.ipynb #a0c4e5f6
 _least,_more,_most = 6,3,12  # measurements: at first, when the choice is open, and in all
 
-_cancels = CancelBatchException, CancelEpochException, CancelTrainException, CancelValidException
-
 class _Measure(BSFinder, AsideCallback):
     "Measures with the first batches of a training that goes on"
     def __init__(self, n_batch):
@@ -106,7 +104,7 @@ class _Measure(BSFinder, AsideCallback):
     def __call__(self, event_name):
         try: return super().__call__(event_name)
         except CancelFitException: self.on = False  # `bs_find` would be done
-        except _cancels: raise
+        except cancels: raise
         except Exception as e: self.give_up(f'{type(e).__name__}: {in_a_line(e)}')
 
     def from_now_on(self):
@@ -121,7 +119,6 @@ class _Measure(BSFinder, AsideCallback):
 
     def before_fit(self): self.on = False
     def before_validate(self): pass
-    def finish(self): self.on = False
     def stop(self, said=None): self.give_up("the loss is not finite" if said[1] else str(self.error))
 
     def give_up(self, trouble): self.on,self.trouble = False,trouble
@@ -343,9 +340,9 @@ def _measured(self:GrowBatch):
 @patch(as_prop=True)
 def result(self:GrowBatch) -> BSResult:
     "What was measured, and the times of the steps"
-    t = pd.Series({bs: median(s) for bs,s in self._seconds.items() if s}, dtype=float).sort_index()
+    timings = {bs: s for bs,s in self._seconds.items() if s}
     limits = [v for v in (self._most, self._fits, self._fits_surely) if v and v < math.inf]
-    profile = Profile(t[::-1].cummin()[::-1].to_dict(), {bs: s for bs,s in self._seconds.items() if s}, int(min(limits)) if limits else None)
+    profile = Profile(rising({bs: median(s) for bs,s in timings.items()}), timings, int(min(limits)) if limits else None)
     return self.measure.result().changed(**self._facts).changed(profile=profile)
 
 @patch(as_prop=True)
@@ -359,15 +356,15 @@ def _fits_surely(self:GrowBatch):
 def _choose(self:GrowBatch):
     result,bs0 = self.result,self._start[1]
     if result.hindrance or result.failure or result.noise_scale_ahead is None: return self._stay(result)
-    timed = [bs for bs,s in self._seconds.items() if s]
-    best = quickest(result, foreseen) if len(timed) > 1 else min(4*bs0, result.largest or math.inf)
-    if best is not None and best > bs0 and best not in timed and len(timed) < _sizes and self._can_try(best, result):
+    timed = result.profile.step_time
+    wanted = quickest(result, foreseen) if len(timed) > 1 else min(4*bs0, result.largest or math.inf)
+    if wanted and wanted > bs0 and wanted not in timed and len(timed) < _sizes and self._can_try(wanted, result):
         self._phase = 'trying'
-        return self._go(best, lr_factor(result, best), 'trial')
-    best,open_ = fastest(result) or bs0,open_by(result)
-    clear = open_ is not None and open_ < (2 if best == bs0 else 1)*self.regret
-    all_tried = quickest(result, foreseen) in timed  # else it is not the noise scale that is missing
-    if clear or len(result) >= _most or result.stuck or not (all_tried and self._at_once): return self._settle(result, best)
+        return self._go(wanted, lr_factor(result, wanted), 'trial')
+    best = fastest(result) or bs0
+    all_tried = len(timed) > 1 and wanted in timed  # else it is not the noise scale that is missing
+    more_would_tell = all_tried and self._at_once and not result.stuck and len(result) < _most
+    if is_clear(result, best) or not more_would_tell: return self._settle(result, best)
     self._phase = 'measuring'
     if self.bs != bs0: self._go(bs0, 1., 'trial')
     self.measure.go_on()
@@ -396,8 +393,7 @@ def _stay(self:GrowBatch, result=None):
 def _settle(self:GrowBatch, result, best):
     "Go on with the best size, and keep what was found"
     result = result.changed(suggested=dict(critical=critical(result), fastest=fastest(result)), enough='clear')
-    self.recorder.bs_stats,self.recorder.bs_table = result.stats,result.table
-    keep_result(self.recorder, 'bs_result', result)
+    keep_found(self.recorder, result)
     self._phase,self.measure.meter = 'over',None  # it holds gradients
     if best == self._start[1]: return self._stay()
     self._far = self.n_epoch,result.plan(best, self.n_epoch)[0]

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['noise_columns', 'about_as_fast', 'foreseen', 'Result', 'Run', 'Profile', 'Race', 'ByElement', 'noise_in_use',
            'mean_noise_scale', 'advised_bs', 'BSResult', 'NoiseScaleResult', 'SweepResult', 'layer_table',
-           'keep_result', 'keep_sizes', 'least_and_why']
+           'keep_result', 'keep_found', 'keep_sizes', 'least_and_why']
 
 # %% ../nbs/21_result.ipynb #2672ee08
 import io, json, math
@@ -528,6 +528,14 @@ def keep_result(
 ):
     "Remember a result for a recorder"
     recorder._found.setdefault(recorder, {})[name] = result
+
+def keep_found(
+    recorder:Recorder, # The learner's recorder
+    result:BSResult, # What was found
+):
+    "Remember what was found about batch sizes, as a result and as tables"
+    recorder.bs_stats,recorder.bs_table = result.stats,result.table
+    keep_result(recorder, 'bs_result', result)
 
 def keep_sizes(
     recorder:Recorder, # The learner's recorder

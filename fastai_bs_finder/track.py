@@ -16,8 +16,7 @@ from statistics import median
 import numpy as np, pandas as pd, torch
 from fastcore.basics import patch
 from fastcore.foundation import L
-from fastai.callback.core import (Callback, CancelBackwardException, CancelBatchException, CancelEpochException, CancelFitException,
-                                  CancelStepException, CancelTrainException, CancelValidException, TrainEvalCallback)
+from fastai.callback.core import Callback, CancelBatchException, TrainEvalCallback
 from fastai.callback.schedule import ParamScheduler
 from fastai.callback.training import GradientAccumulation
 from fastai.learner import Recorder, ValueMetric
@@ -30,7 +29,7 @@ from .loaders import batch_size, len_or_none, second_loader
 from .losses import BatchLoss
 from .order import BatchOrder
 from .metric import OptMeter, normalizes
-from .mock import in_a_line, loss_scale, out_of_memory, synchronize
+from .mock import cancels, in_a_line, loss_scale, out_of_memory, synchronize
 from .noise import noise_and_scale, sq_norms, Noise, NoiseAverage
 from .processes import processes_of
 from .result import NoiseScaleResult, keep_result, noise_in_use
@@ -123,8 +122,6 @@ class Collector:
 
 # %% ../nbs/43_track.ipynb #ed639114
 _shaping = 'before_batch', 'after_pred', 'after_loss', 'before_backward'
-_cancels = (CancelBackwardException, CancelBatchException, CancelEpochException, CancelFitException, CancelStepException,
-            CancelTrainException, CancelValidException)
 _silent = ParamScheduler, GradientAccumulation, TrainEvalCallback, Recorder
 
 class _TakeGradient(Callback):
@@ -217,7 +214,7 @@ def _take_gradients(self:OwnPass):
         try:
             learn('before_batch')
             learn._do_one_batch()
-        except _cancels: pass
+        except cancels: pass
     self._left_in_pass -= n
     self._random_states = global_state()
 

@@ -420,7 +420,7 @@ def growth_summary(
     later = [f"after {o['start']:.0%} of it bs={o['bs']} at {as_ratio(o['lr_factor'])} times the learning rate" for o in kept[1:]]
     text = f"The training began with bs={kept[0]['bs']}; {', '.join(later)}."
     if not far or far[1] <= far[0]: return text
-    return f"{text} To get as far as in {far[0]} epoch{'s' if far[0] > 1 else ''} with bs={kept[0]['bs']}, train for {far[1]}: GrowBatch(plan=True)."
+    return f"{text} To get as far as in {plural(far[0], 'epoch')} with bs={kept[0]['bs']}, train for {far[1]}: GrowBatch(plan=True)."
 
 # %% ../nbs/32_words.ipynb #58099627
 def _target(result):

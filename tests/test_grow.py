@@ -208,7 +208,7 @@ def test_each_batch_takes_part_in_a_step():
 
 def test_a_loader_that_does_not_listen_tries_sizes_in_later_epochs(monkeypatch):
     "Each size has an epoch, and a choice that is open is not measured on, at another size"
-    monkeypatch.setattr(grow, 'open_by', lambda found: .5)
+    monkeypatch.setattr(grow, 'is_clear', lambda found, bs: False)
     learn,watch = made(),Watch()
     learn.dls.loaders[0] = torch_data.DataLoader(learn.dls.train.dataset, 16, shuffle=True)
     fit(learn, 6, [GrowBatch(), watch], lr=.05)
@@ -219,10 +219,10 @@ def test_a_loader_that_does_not_listen_tries_sizes_in_later_epochs(monkeypatch):
 
 def test_a_choice_that_is_open_is_measured_on(monkeypatch):
     asked = []
-    def open_by(found):
+    def is_clear(found, bs):
         asked.append(len(found))
-        return .5 if len(found) < 12 else 0.
-    monkeypatch.setattr(grow, 'open_by', open_by)
+        return len(found) >= 12
+    monkeypatch.setattr(grow, 'is_clear', is_clear)
     learn = fit(made(), 3, [GrowBatch()], lr=.1)
     assert len(learn.recorder.bs_result) == 12 and asked[-1] == 12 and learn.recorder.bs_changes.bs.iloc[-1] > 16
 
