@@ -233,7 +233,8 @@ def _how_sure(result, first):
     times = result.times() if bs and not result.failure and len(result) and result.in_use.hi.iloc[-1] > 0 else None
     if times is None or bs not in times.index: return text
     lo,hi = result.band
-    if lo <= bs <= hi and lo < hi: text += f" Batch sizes from {lo} to {hi} are about as fast (within {result.tolerance:.0%})."
+    if lo <= bs <= hi and lo < hi and result.profile.unsteady <= _unsteady:
+        text += f" Batch sizes from {lo} to {hi} are about as fast (within {result.tolerance:.0%})."
     if run.enough == 'clear': text += f" After {plural(run.spent, 'batch')} the choice was clear."
     elif 'more batches' not in first:
         if run.enough == 'cost': text += " More batches would have cost more than they could save."

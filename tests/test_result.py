@@ -74,6 +74,9 @@ def test_the_band_is_as_wide_as_the_times_are_uncertain():
     assert steady.tolerance == .1 < rough.tolerance < .5 and low < lo and hi <= high
     assert rough.times(2).time[[low, high]].max() <= (1 + rough.tolerance)*rough.times().time.min()
     assert f"Batch sizes from {low} to {high} are about as fast (within {rough.tolerance:.0%})" in ' '.join(str(rough).split())
+    unknown = result(*[(300, 250, 350)]*3, opt='adam', step_time={16: .35, 64: 1.2, 256: 4.7}, timings={64: [1.2]*8 + [6.]*8})
+    assert unknown.band[0] <= unknown.advised == 64 <= unknown.band[1]
+    assert unknown.tolerance > 1 and 'are about as fast' not in str(unknown) and 'Step times are known within' in ' '.join(str(unknown).split())
 
 
 @given(trainings())
