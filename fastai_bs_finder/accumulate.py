@@ -114,6 +114,7 @@ def before_backward(self:AccumulateGrads):
     if not bs:
         raise ValueError(f"The examples of a batch cannot be counted, and AccumulateGrads weights them equally: {how_to_count}")
     self.count += bs
+    if self.count == bs >= self.n_acc: return  # a window of its own
     weight = self._weigh()
     if not weight: raise CancelBackwardException  # nothing in it counts, and its gradient is 0/0
     if self._weight: self._scale(self._weight/weight)

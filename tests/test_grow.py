@@ -16,6 +16,7 @@ from fastai_bs_finder.demo import digits_learner
 from fastai_bs_finder.finder import *
 from fastai_bs_finder.grow import GrowBatch, Stage, as_stages, grow_instead_of_decay, lr_factor
 from fastai_bs_finder.measure import BSFinder
+from fastai_bs_finder.mock import StepClock
 from fastai_bs_finder.set_bs import *
 from fastai_bs_finder.track import NoiseScale
 from learners import digits
@@ -32,6 +33,13 @@ class Watch(Callback):
     def before_step(self):
         self.steps.append((self.epoch, self.n, self.opt.hypers[-1]['lr']))
         self.n = 0
+
+
+@pytest.fixture
+def steady(monkeypatch):
+    "Call it with a learner whose steps are to take as long as on a machine that is alike at any moment: 1 ms, and 1 ms more for 64 examples"
+    def of(learn): monkeypatch.setattr(StepClock, 'lap', lambda self, device: self.since and 1e-3*(1 + n_examples(learn)/64))
+    return of
 
 
 def fit(learn, n_epoch, cbs, how='fit', **kwargs):
@@ -119,8 +127,9 @@ class Boom(Callback):
 
 @pytest.mark.parametrize('error', (None, KeyboardInterrupt, RuntimeError('boom')))
 @pytest.mark.parametrize('stages', (None, [(0, 64), (.2, 128, 2.), (.4, 256, 3.)]))
-def test_everything_is_given_back(error, stages):
+def test_everything_is_given_back(error, stages, steady):
     learn = digits_learner() if stages else made()
+    steady(learn)
     if stages:
         with learn.no_logging(): learn.set_bs(64, fits=16)
     learn.create_opt()
@@ -164,8 +173,9 @@ def made(opt_func=SGD, bs=16, copies=8, **kwargs):
 
 
 @pytest.mark.parametrize('opt_func,lr', [(SGD, .1), (Adam, 3e-3)])
-def test_it_measures_and_jumps(opt_func, lr):
+def test_it_measures_and_jumps(opt_func, lr, steady):
     learn,watch = made(opt_func),Watch()
+    steady(learn)
     fit(learn, 3, [GrowBatch(), watch], lr=lr)
     log,found = learn.recorder.bs_changes,learn.recorder.bs_result
     assert log.why.tolist()[0] == 'start' and log.why.iloc[-1] == 'fastest' and log.bs.iloc[-1] == found.advised > 16
@@ -206,10 +216,11 @@ def test_each_batch_takes_part_in_a_step():
     assert 1e-3 <= steps[second][1] <= 4e-3 and float(learn.model.w) == pytest.approx(-sum(g*lr for g,lr,_ in steps), rel=1e-3)
 
 
-def test_a_loader_that_does_not_listen_tries_sizes_in_later_epochs(monkeypatch):
+def test_a_loader_that_does_not_listen_tries_sizes_in_later_epochs(monkeypatch, steady):
     "Each size has an epoch, and a choice that is open is not measured on, at another size"
     monkeypatch.setattr(grow, 'is_clear', lambda found, bs: False)
     learn,watch = made(),Watch()
+    steady(learn)
     learn.dls.loaders[0] = torch_data.DataLoader(learn.dls.train.dataset, 16, shuffle=True)
     fit(learn, 6, [GrowBatch(), watch], lr=.05)
     log = learn.recorder.bs_changes
@@ -217,13 +228,15 @@ def test_a_loader_that_does_not_listen_tries_sizes_in_later_epochs(monkeypatch):
     assert log[log.why == 'trial'].epoch.is_unique
 
 
-def test_a_choice_that_is_open_is_measured_on(monkeypatch):
+def test_a_choice_that_is_open_is_measured_on(monkeypatch, steady):
     asked = []
     def is_clear(found, bs):
         asked.append(len(found))
         return len(found) >= 12
     monkeypatch.setattr(grow, 'is_clear', is_clear)
-    learn = fit(made(), 3, [GrowBatch()], lr=.1)
+    learn = made()
+    steady(learn)
+    fit(learn, 3, [GrowBatch()], lr=.1)
     assert len(learn.recorder.bs_result) == 12 and asked[-1] == 12 and learn.recorder.bs_changes.bs.iloc[-1] > 16
 
 
@@ -234,9 +247,10 @@ def test_a_training_that_is_too_short_for_it():
     assert learn.recorder.bs_changes.bs.max() <= 16 and set(watch.sizes) <= {16, n % 16}
 
 
-def test_what_fits_surely_bounds_what_is_tried(monkeypatch):
+def test_what_fits_surely_bounds_what_is_tried(monkeypatch, steady):
     monkeypatch.setattr(GrowBatch, '_fits_surely', property(lambda self: 40.))
     learn,watch = made(),Watch()
+    steady(learn)
     fit(learn, 3, [GrowBatch(), watch], lr=.1)
     assert max(watch.sizes) <= 40 and learn.recorder.bs_changes.bs.max() > 16
 
@@ -281,18 +295,20 @@ def test_it_says_what_it_did(capsys):
     assert 'The training began with bs=16; after 50% of it bs=64 at 2.0 times the learning rate.' in ' '.join(capsys.readouterr().out.split())
 
 
-def test_it_says_how_many_epochs_get_as_far(capsys):
+def test_it_says_how_many_epochs_get_as_far(capsys, steady):
     for plan in (False, True):
         learn = made()
+        steady(learn)
         with learn.no_bar(): learn.fit(3, .1, cbs=GrowBatch(plan=plan))
         far = learn.recorder.bs_result.plan(learn.recorder.bs_changes.bs.iloc[-1], 3)[0]
         said = ' '.join(capsys.readouterr().out.split())
         assert far > 3 and (f'To get as far as in 3 epochs with bs=16, train for {far}: GrowBatch(plan=True).' in said) == (not plan)
 
 
-def test_as_many_epochs_as_the_plan_says(tmp_path):
+def test_as_many_epochs_as_the_plan_says(tmp_path, steady):
     "Their metrics are recorded, callbacks see them, and the schedule ends with the last of them"
     learn,watch = made(path=tmp_path),Watch()
+    steady(learn)
     epochs = []
     class Epochs(Callback):
         order = 55
@@ -305,8 +321,9 @@ def test_as_many_epochs_as_the_plan_says(tmp_path):
     assert len(learn.recorder.values) == 2
 
 
-def test_a_training_that_is_resumed_follows_what_was_found():
+def test_a_training_that_is_resumed_follows_what_was_found(steady):
     learn = made()
+    steady(learn)
     fit(learn, 3, [GrowBatch()], 'fit_one_cycle', lr_max=.1)
     again,watch = made(),Watch()
     fit(again, 3, [GrowBatch(learn.recorder.bs_changes), watch], 'fit_one_cycle', lr_max=.1, start_epoch=1)
@@ -324,8 +341,9 @@ def test_from_an_answer():
     assert learn.recorder.lrs[0] == pytest.approx(.1*lr_factor(found, found.advised))
 
 
-def test_beside_noise_scale():
+def test_beside_noise_scale(steady):
     learn = made()
+    steady(learn)
     fit(learn, 2, [GrowBatch(), NoiseScale(share=None, every=30)], lr=.1)
     assert learn.recorder.bs_changes.bs.iloc[-1] > 16 and len(learn.recorder.noise_scale) > 2
 
