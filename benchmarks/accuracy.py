@@ -18,7 +18,7 @@ from stepping import SteppingFinder
 num_it,bs,beta = 400,16,.9
 settings = {'SGD .01': (SGD, .01), 'SGD .05': (SGD, .05), 'SGD .1': (SGD, .1), 'SGD .3': (SGD, .3), 'Adam 1e-3': (Adam, 1e-3), 'Adam 3e-3': (Adam, 3e-3), 'Adam 1e-2': (Adam, 1e-2)}
 pairs = dict(n_batch=2, n_train=0, beta=beta**(2/20))  # ten times as many measurements, averaged over the same batches
-runs = {'bs_find()': dict(n_batch=10, n_train=10), 'pairs': pairs, 'stepping': dict(n_batch=20, n_train=0, finder=SteppingFinder),
+runs = {'bs_find()': dict(n_batch=10, n_train=5), 'pairs': pairs, 'stepping': dict(n_batch=20, n_train=0, finder=SteppingFinder),
         'stepping pairs': pairs | dict(finder=SteppingFinder)}
 
 
@@ -152,21 +152,21 @@ def main():
 
 The noise scale is the variance of the gradient over its squared norm, *at given weights*. For a network this small the truth can be computed from the gradient of every single example. Compared with it are
 
-- **`bs_find()`** as it is: 10 batches at the same weights, one step, 10 ordinary steps, and again;
+- **`bs_find()`** as it is: 10 batches at the same weights, one step, 5 ordinary steps, and again;
 - **stored gradients**, the equations of the [paper](https://arxiv.org/abs/1812.06162) (appendix A.1) as printed: the same batches, but each gradient is stored;
 - **pairs**: 2 batches at the same weights, one step, and again: `bs_find(n_batch=2, n_train=0)`;
-- **stepping**: 20 consecutive batches, each of which steps the optimizer. Older finders for fastai do this, \
-and `benchmarks/stepping.py` does it for comparison. It is kinder than they are: they take the last of the gradients for the small batch, \
+- **stepping**: 20 consecutive batches, each of which steps the optimizer. The article's finder does this, \
+and `benchmarks/stepping.py` does it for comparison. It is kinder than that one, which takes the last of the gradients for the small batch; \
 this takes the mean over all of them;
 - **stepping pairs**: the same with 2 consecutive batches, `n_batch=2`.
 
 Each answer is the average at the end of a run. Measurements of pairs are ten times as many, and their averages run over as many batches of the training (`beta`). The truth is taken along each way's own training where it measures, and averaged with the same weights. For `bs_find()` that is at the very weights of each measurement, for the others every 20 batches.""",
         [f"`bs_find()` is off by a factor of {all_.error['bs_find()']:.2f} (root mean square over {len(of_bf)} runs), {bf.max():.2f} at its worst learning rate ({bf.idxmax()}), {worst_run:.2f} in its worst run. Its 95 % interval covers the truth in {all_.covered['bs_find()']:.0%} of the runs.",
          f"Stored gradients are the same thing, written down differently: the largest relative difference in the noise or the scale of any single measurement was {differ:.0e}, which is rounding. What differs is [the memory](scaling.md).",
-         f"Stepping, as older finders do it, is off by {stepping.error:.1f} where it is positive, and negative in {stepping.negative:.0%} of the runs. Its interval does not know: it covers the truth in {stepping.covered:.0%} of the runs that have one.",
+         f"Stepping, as in the article, is off by a factor of {stepping.error:.1f} where its answer is positive, and its answer is negative in {stepping.negative:.0%} of the runs. Its interval does not show this error: it covers the truth in {stepping.covered:.0%} of the runs that have an interval.",
          f"Pairs at the same weights: {all_.error['pairs']:.2f} against {all_.error['bs_find()']:.2f} for `bs_find()`. From k batches come k(k − 1)/2 products of two gradients: 1 from a pair, 45 from 10 batches."],
         [loses and f"Stepping is nearer to the truth at {loses}, where the weights hardly move: it spends every batch on measuring.",
-         f"Measuring takes steps away. In {num_it} batches `bs_find()` makes little more than half the steps of a training, and gets less far: see the losses below. Its answer is for the training that it made.",
+         f"Measuring takes steps away. In {num_it} batches `bs_find()` takes two fifths of the steps of a training, and gets less far. Its answer holds for its own mock training.",
          f"An average lags. The noise scale grows while it is measured. Against the truth at the very end, `bs_find()` is off by {all_.end['bs_find()']:.2f} rather than {all_.error['bs_find()']:.2f}."],
         f"""## All learning rates together
 

@@ -52,7 +52,7 @@ class SimulatedGPU(PeakBytes):
         with (patch.multiple(torch.cuda, reset_peak_memory_stats=lambda d: setattr(self, 'peak', self.now), max_memory_allocated=lambda d: self.peak,
                              mem_get_info=lambda d: (self.total - self.now, self.total), memory_reserved=lambda d: self.now, get_per_process_memory_fraction=lambda d: 1., empty_cache=noop),
               patch.object(fastai_bs_finder.memory, '_device', lambda learn: torch.device('cuda', 0)),
-              patch.object(Snapshot, '_undo_tensor', on_host(Snapshot._undo_tensor)), patch.object(torch, 'load', on_host(torch.load))): yield
+              patch.object(Snapshot, '_visit_tensor', on_host(Snapshot._visit_tensor)), patch.object(torch, 'load', on_host(torch.load))): yield
 
 
 class RealGPU:

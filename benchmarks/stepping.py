@@ -15,7 +15,7 @@ class SteppingFinder(BSFinder):
     biased = True
     def __init__(self, num_it, n_batch=10, beta=.9, n_train=None, pbar=None):
         if isinstance(self, LockStep):
-            raise ValueError("bs_find_stepping compares with older tools, which work in a single process: call it outside of distrib_ctx, "
+            raise ValueError("bs_find_stepping compares with the article's finder, which works in a single process: call it outside of distrib_ctx, "
                              "or call learn.bs_find")
         super().__init__(num_it, n_batch, beta, n_train or 0, pbar)
         warnings.warn(biased, stacklevel=5)

@@ -78,7 +78,7 @@ class AccumulateGrads(TidyCallback, GradientAccumulation):
         if len(others := [o for o in self.learn.cbs if isinstance(o, GradientAccumulation)]) > 1:
             raise ValueError(f"The learner has {len(others)} callbacks that accumulate gradients, "
                              f"{' and '.join(type(o).__name__ for o in others)}: keep one, learn.remove_cb({type(others[0]).__name__}) "
-                             "takes one off" + ". GrowBatch brings one along: put yours before it"*any(getattr(o, 'stays', False) for o in others))
+                             "removes one" + ". GrowBatch adds one if there is none: put yours before it"*any(getattr(o, 'stays', False) for o in others))
         self.tidy()
         self.batch_loss = BatchLoss()
         self.batch_loss.kind = self.loss_is if self.loss_is == 'sum' else ''
@@ -124,9 +124,9 @@ def before_backward(self:AccumulateGrads):
 def _weigh(self:AccumulateGrads):
     loss,inputs = self.batch_loss,loss_inputs(self.learn)
     if not loss.kind and loss.look(*inputs) == 'between':
-        warnings.warn("What an example adds to this loss depends on the others of its batch, so the gradients of several batches are not "
-                      "that of one large batch")
-    if loss.gave_up: warnings.warn("It cannot be found out what this loss is: gradients are accumulated as those of a mean over the examples")
+        warnings.warn("What an example adds to this loss depends on the other examples in its batch, so accumulating several batches is not "
+                      "the same as one large batch")
+    if loss.gave_up: warnings.warn("This loss could not be identified: gradients are accumulated as if it were a mean over the examples")
     return loss.weight(*inputs)
 
 @patch(as_prop=True)

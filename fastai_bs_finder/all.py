@@ -13,5 +13,4 @@ from .finder import *
 from .accumulate import AccumulateGrads
 from .set_bs import *
 from .track import *
-from .grow import *
 from .sweep import *

@@ -54,7 +54,7 @@ def check_share(
 ):
     "Is it a share of the time?"
     if isinstance(x, bool) or not isinstance(x, Real) or not 0 <= x < math.inf:
-        raise ValueError(f"{name}={x!r} is not {other}a share of the time of 0 or more, such as 0.2")
+        raise ValueError(f"{name}={x!r} is not {other}a share of the time: give a number of 0 or more, such as 0.2")
 
 # %% ../nbs/12_checks.ipynb #98ed7fd9
 def suggestion_names(

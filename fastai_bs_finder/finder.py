@@ -252,7 +252,7 @@ def _one_more(result, bs, seconds, worth, race):
 def bs_find(self:Learner,
     lr:float|slice|list|None=None, # Learning rate of the mock training, as in `fit`; `None`: the learner's
     num_it:int|None=None, # Number of batches to spend at most; `None`: an epoch or 200, whichever is more
-    n_batch:int|None=None, # Number of batches per measurement, 2 or more; of each of several processes, 1 or more. `None`: 10, fewer in a short epoch
+    n_batch:int|None=None, # Number of batches per measurement, 2 or more; with several processes, 1 or more on each. `None`: 10, fewer in a short epoch
     beta:float=.9, # EMA factor over measurements, in [0, 1)
     n_train:int|None=None, # Number of ordinary training steps between measurements; `None`: as many as `n_batch`, or half as many where that is `None`, too
     show_plot:bool=True, # Draw the picture?
@@ -263,7 +263,7 @@ def bs_find(self:Learner,
     n_epoch:int=3, # Number of epochs that you mean to train for with the size in use
     *,
     finder:type=BSFinder, # The callback that measures
-    count:Callable|None=None, # Number of examples of a batch, `count(xb, yb)`, from now on, see `count_examples`; `None`: found out
+    count:Callable|None=None, # Function `count(xb, yb)` that returns the number of examples of a batch, from now on, see `count_examples`; `None`: found out
 ) -> tuple: # `SuggestedBS`, a named tuple of batch sizes with the names of `suggest_funcs`; `None` in it where nothing can be said
     "Launch a mock training to find a good batch size; `learn.recorder.bs_result` has all of it. Raises `ValueError` on bad input, before anything is touched"
     with together(self) as processes:

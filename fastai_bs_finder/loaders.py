@@ -324,12 +324,12 @@ def check_epoch(
     "Raise `ValueError` where an epoch is too short for a measurement, which stays within one"
     if n_it is None or n_batch <= n_it: return
     if not n_it:
-        raise ValueError(f"An epoch of a process is less than a batch of bs={bs}, and drop_last leaves that out: lower bs, or set "
+        raise ValueError(f"Each process has less than one batch of bs={bs} per epoch, and drop_last leaves it out: lower bs, or set "
                          "drop_last=False")
     ways,smaller = [f"lower n_batch to {n_it} or less"]*(n_it >= least),bs and bs*n_it//(3*n_batch)
     ways.append("measure with smaller batches" + (f", bs={smaller} for example" if smaller and smaller > 1 else ''))
-    raise ValueError(f"n_batch={n_batch} is more than the {n_it} batch{'es' if n_it > 1 else ''} of an epoch, and a measurement stays "
-                     f"within one: {', or '.join(ways)}")
+    raise ValueError(f"n_batch={n_batch} is more than the {n_it} batch{'es' if n_it > 1 else ''} of an epoch, and a measurement has to fit "
+                     f"into one epoch: {', or '.join(ways)}")
 
 def check_settable(
     dl, # A data loader

@@ -123,7 +123,7 @@ def after_loss(self:BSFinder):
     if not self.spent: self.first_loss = self.learn.loss.detach().mean()
     if not len(self.yb): self._fail("The training loader yields no target: a loss, and its gradient, need one. Give the loader targets, or set dls.n_inp")
     if not n_examples(self.learn):
-        self._fail(f"The examples of a batch cannot be counted, as no axis of its tensors is as long as the items are many: {how_to_count}")
+        self._fail(f"The examples of a batch cannot be counted, because no axis of its tensors has one entry per example: {how_to_count}")
     if not self.spent or self._measuring and not self.meter.n_batch: self.batch_loss.look(*loss_inputs(self.learn))
 
 # %% ../nbs/45_measure.ipynb #49ac1f8a

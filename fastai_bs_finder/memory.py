@@ -286,7 +286,7 @@ def max_bs(self:Learner,
             res = _climb(self, probe, margin, most) if check or probe.unfit else min(probe.memory.max_bs(margin), most)
             mem = probe.memory
         if res < 1:
-            raise torch.OutOfMemoryError(f"Not even one example fits: {mem}, of which margin={margin} is to be used. Free memory, raise "
+            raise torch.OutOfMemoryError(f"Not even one example fits in the part of the memory that margin={margin} allows: {mem}. Free memory, raise "
                                          "margin, or train a smaller model")
         res = int(min(processes.agree(res)*processes.size, processes.agree(processes.examples(most))))
         least = int(processes.agree(mem.least, max))

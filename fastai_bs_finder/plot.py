@@ -203,7 +203,7 @@ def _plot_in_budget(result, axs):
 # %% ../nbs/33_plot.ipynb #7201caee
 @patch
 def plot_bs_sweep(self:Recorder) -> plt.Figure: # The figure
-    "Plot the result of `learn.bs_sweep()`: what it took to the target, or what the budget was good for. Raises `ValueError` before the first one"
+    "Plot the result of `learn.bs_sweep()`: what it took to reach the target, or what the budget achieved. Raises `ValueError` before the first one"
     result = self.bs_sweep_result
     if result is None: raise ValueError("There is no sweep to plot yet: run learn.bs_sweep() first")
     to_target = result.target is not None and bool(result.stats.reached.any())

@@ -67,7 +67,7 @@ class Result:
         first,_,rows = Path(file).read_text().partition('\n')
         try: head = _from_plain(json.loads(first.removeprefix('# ')))
         except json.JSONDecodeError:
-            raise ValueError(f"{file} does not begin with a line of what belongs to a {cls.__name__}: give a file that its to_csv "
+            raise ValueError(f"{file} does not begin with the header line of a {cls.__name__}: give a file that its to_csv "
                              "wrote") from None
         exact = {c: lambda v: _from_plain(json.loads(v)) for c in head.pop('json')} | {c: lambda v: float(v or math.nan) for c in head.pop('floats')}
         stats = pd.read_csv(io.StringIO(rows), converters=exact)
@@ -103,7 +103,7 @@ class Run:
     stopped:str = '' # Why it stopped early, a key of `words.stops`
     stopped_by:int = 0 # Rank of the process that stopped
     missing:str = '' # Why a measurement was not completed, a key of `words.gaps`
-    biased:bool = False # Did every batch step, as in older tools?
+    biased:bool = False # Did every batch step, as in the first finder for fastai?
 
     @property
     def steps(self) -> float:

@@ -38,7 +38,7 @@ def _chosen(bs):
     else: bs = bs._asdict()
     advised = advised_bs(bs)
     if advised is None and 'fastest' not in bs:
-        raise ValueError(f"There is no batch size in {bs}: bs_find could not tell one, and said why. Do what it asked for, or set a number")
+        raise ValueError(f"There is no batch size in {bs}: bs_find could not suggest one, and its message says why. Do what that asks for, or give a number")
     return advised
 
 def _in_use(learn, processes):
@@ -54,10 +54,10 @@ def _stay(learn, processes, suggested):
 
 def _no_plan(result):
     "Why `result` does not tell how to train, and what to do; empty where it does"
-    if result.failure == 'biased': return "every batch of the last bs_find stepped, and such a noise scale is for comparison only: call it without finder"
+    if result.failure == 'biased': return "the last bs_find stepped after every batch, so its noise scale is for comparison only: call it without finder="
     if result.failure: return f"{reasons[result.failure]} in the last bs_find: do what it said, and call it again"
     if result.mean_noise_scale is not None: return ''
-    return f"the last bs_find could not tell the noise scale: do what it asked for, or go back, learn.set_bs({result.run.bs})"
+    return f"the last bs_find could not measure the noise scale: do what its message asks for, or go back with learn.set_bs({result.run.bs})"
 
 def _what_was_done(learn, processes, bs, micro, before, unfit):
     dl,n = learn.dls.train,n_train_examples(learn)
@@ -104,8 +104,8 @@ def set_bs(self:Learner,
         if yes: check_settable(dl)
     loss = kind_of_loss(self) if micro < own and processes.size == 1 else ''
     if loss == 'between':
-        raise ValueError(f"bs={bs} does not fit, {fits} examples do, and it cannot be taken in pieces here: what an example adds to this loss depends on the "
-                         f"others of its batch. Give {fits} or less")
+        raise ValueError(f"bs={bs} does not fit in memory ({fits} examples do), and cannot be accumulated: what an example adds to this loss "
+                         f"depends on the other examples in its batch. Give {fits} or less")
     _follows[self.dls],before = follows,_in_use(self, processes)
     self.dls.loaders[:] = [rebatch(dl, micro) if yes else dl for dl,yes in zip(self.dls.loaders, follows)]
     leave_out_one(self.dls.train, self.model, n and processes.each(n))
@@ -126,12 +126,12 @@ def bs_plan(self:Learner,
     unwrap(self)
     result,processes = _last_result(self),processes_of(self)
     if result is None:
-        raise ValueError(f"n_epoch={n_epoch} are epochs at the batch size that bs_find measured at, and there was none yet: call learn.bs_find() "
+        raise ValueError(f"n_epoch={n_epoch} counts epochs at the batch size of the last bs_find, and bs_find has not run yet: call learn.bs_find() "
                          "first")
     bs,run,why = _in_use(self, processes),result.run,_no_plan(result)
     if bs is None:
-        raise ValueError(f"n_epoch={n_epoch} cannot be converted: the batches of {type(self.dls.train).__name__} come ready-made, of a size that "
-                         "nobody knows. Choose the number of epochs yourself")
+        raise ValueError(f"n_epoch={n_epoch} cannot be converted: the batches of {type(self.dls.train).__name__} come ready-made, and their size is not "
+                         "known. Choose the number of epochs yourself")
     if not why: return result.plan(bs, n_epoch)[:2]
     if bs == run.bs and result.failure in ('', 'biased'): return n_epoch,run.lr if run.lr_given is None else run.lr_given
     raise ValueError(f"n_epoch={n_epoch} at bs={run.bs} cannot be converted to bs={bs}: {why}")

@@ -20,7 +20,7 @@ def _rounded(result, x, down=False):
 def critical(
     result:BSResult, # The result of a mock training: `learn.recorder.bs_result`
 ) -> int|None: # A batch size; the largest that is safe where the interval has no upper end; `None` where nothing can be said
-    "The noise scale at the end of the mock training: larger batches mostly burn compute, smaller ones mostly cost steps"
+    "The noise scale at the end of the mock training: larger batches mostly waste compute, smaller ones mostly take more steps"
     if not len(result) or result.hindrance: return None
     last = result.in_use.iloc[-1]
     if last.hi == math.inf: return _rounded(result, last.lo, down=True) if last.lo >= 1 else None

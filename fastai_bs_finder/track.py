@@ -430,11 +430,11 @@ class NoiseScale(AsideCallback):
         self.processes,window = processes_of(self.learn),accumulation(self.learn)
         several = self.processes.size > 1
         if several and (foreign := [o for o in self.learn.cbs if isinstance(o, GradientAccumulation) and not isinstance(o, AccumulateGrads)]):
-            raise ValueError("NoiseScale reads the gradients of several processes along with AccumulateGrads only: "
-                             f"take {foreign[0]!r} off, and use AccumulateGrads({foreign[0].n_acc})")
+            raise ValueError("With several processes, NoiseScale works with no other gradient accumulation than AccumulateGrads: "
+                             f"remove {foreign[0]!r}, and use AccumulateGrads({foreign[0].n_acc})")
         if len_or_none(self.dls.train) == 1 and not window and not several:
-            raise ValueError("An epoch is a single batch, and the noise scale takes two: "
-                             "train with smaller batches, or accumulate the gradients of several, AccumulateGrads")
+            raise ValueError("An epoch is a single batch, and measuring the noise scale takes two or more: "
+                             "train with smaller batches, or accumulate the gradients of several with AccumulateGrads")
         self.rows,self.adaptive,self.out_of_memory,self.error,self._n_steps,self._n_samples = [],False,False,'',0,0
         self.batch_loss,self.order_of_batches,self._alike = BatchLoss(),BatchOrder(),False
         self.schedule,self.meter = Schedule(self.every, self.share),OptMeter(self.opt, self.beta)
@@ -460,7 +460,7 @@ class NoiseScale(AsideCallback):
             if out_of_memory(e): self.out_of_memory = True  # no more measurements: the training may have what it needs
             else:
                 self.error = f'{type(e).__name__}: {in_a_line(e)}'
-                warnings.warn(f"NoiseScale measures no more in this training, which goes on without it: a measurement failed ({self.error})")
+                warnings.warn(f"NoiseScale measures no more in this training, because a measurement failed ({self.error}); the training goes on")
 
     def before_backward(self):
         order = self.order_of_batches

@@ -81,7 +81,7 @@ def say(
     for line in text.splitlines(): print(fill(line, width, break_long_words=False, break_on_hyphens=False))
 
 # %% ../nbs/32_words.ipynb #14e37a77
-gaps = {'ended': "the data, or a callback, ended each one early", 'no gradient': "no batch gave a gradient", 'not finite': "the gradients are not finite"}
+gaps = {'ended': "the data or a callback cut each one short", 'no gradient': "no batch gave a gradient", 'not finite': "the gradients are not finite"}
 ways_out = {'ended': "ask again with n_batch={n_batch}", 'no gradient': "see that some parameters require a gradient",
             'not finite': "see what is infinite in data, loss or model"}
 
@@ -112,12 +112,12 @@ def _noise_scale(result):
         why = gaps[run.missing] if run.missing else _ended(run) if run.stopped == 'ended' else ''
         return f"No measurement of {run.n_batch} batches was completed{why and f': {why}'}."
     where = f"measured with {as_size(run.measured_bs or run.bs, run.processes)} at lr={run.lr:.2g}"
-    if not last.noise > 0: return f"The noise scale cannot be told: all batches have the same gradient, {where}."
+    if not last.noise > 0: return f"There is no noise to measure: all batches have the same gradient, {where}."
     if math.isnan(last.hi):
         if last.scale <= 0 and n >= 3 and run.beta > 0:
-            why = ("that is what stepping after every batch does to it" if run.biased else
+            why = ("stepping after every batch biases it" if run.biased else
                    "either the training set is fitted and no gradient is left, or its batches are not drawn at random")
-            return f"The noise scale cannot be told: |G|² came out negative, and not by chance; {why}."
+            return f"The noise scale cannot be told: the estimate of |G|², the squared norm of the gradient, is negative, and not by chance; {why}."
         what = f'about {as_examples(as_number(last.noise_scale))}' if last.scale > 0 else 'not known yet'
         few = f"beta={run.beta} keeps too few of the {n} measurements" if n >= 3 else f"{plural(n, 'measurement')} {'are' if n > 1 else 'is'} too few"
         return f"The noise scale is {what}, {where}; {few} to say how sure that is."
@@ -130,18 +130,18 @@ def _noise_scale(result):
 # %% ../nbs/32_words.ipynb #feada35a
 failures = {'loss': "Lower lr, then ask again: the loss was not finite after {spent} of {num_it} batches, at lr={lr}{where}.",
             'first loss': "Look for missing or infinite values in the data: the loss was not finite, and no step was made yet{where}.",
-            'biased': "Stay with {size}: this is a biased number, for comparison only, since every batch stepped.",
-            'lr': "Ask again with the lr that you train with: nothing was trained with lr=0, and this is the noise scale of the weights as they are.",
+            'biased': "Stay with {size}: this number is biased, since the optimizer stepped after every batch; it is for comparison only.",
+            'lr': "Ask again with the lr that you train with: nothing was trained with lr=0, so this noise scale holds for the present weights only.",
             'rose': "Lower lr, then ask again: the training loss rose from {first:.3g} to {last:.3g}, at lr={lr}."}
-hindrances = {'between': ("Try some batch sizes, learn.bs_sweep(): what an example adds to this loss depends on the others of its batch, as in a contrastive "
-                          "loss.", "What a larger batch would do is therefore not a matter of noise."),
-              'mixed': ("Measure each network by itself, the parameters of the other frozen: two trainings take turns here, as those of a GAN do.",
-                        "Some batches give a gradient to other parameters than others, so their noise scales are two different numbers."),
+hindrances = {'between': ("Try some batch sizes with learn.bs_sweep(): what an example adds to this loss depends on the other examples in its batch, as in a "
+                          "contrastive loss.", "A larger batch therefore changes the loss itself, not only its noise."),
+              'mixed': ("Measure each network by itself, with the parameters of the other one frozen: this learner trains two networks in turn, as a GAN does.",
+                        "Different batches train different parameters, so there are two noise scales, not one."),
               'alike': ("Shuffle the training data, then ask again: the training loader does not draw its batches at random.",
-                        "Those that follow each other are more alike than those far apart, so what they say of the noise does not hold for other batch sizes.")}
-reasons = {'between': "an example's part in this loss depends on the others of its batch", 'mixed': "two trainings take turns in this learner",
+                        "Consecutive batches are more alike than batches far apart, so their noise says nothing about other batch sizes.")}
+reasons = {'between': "what an example adds to this loss depends on the other examples in its batch", 'mixed': "this learner trains two networks in turn",
            'alike': "the training loader does not draw its batches at random", 'loss': "the loss was not finite", 'first loss': "the loss was not finite",
-           'biased': "every batch stepped", 'lr': "nothing was trained", 'rose': "the training loss rose"}
+           'biased': "the optimizer stepped after every batch", 'lr': "nothing was trained", 'rose': "the training loss rose"}
 
 def _size(run): return as_size(run.bs, run.processes) if run.bs else "the batch size in use"
 
@@ -155,7 +155,7 @@ def _failed(result):
 def _stay(result, why=''):
     "To stay for now, and how to learn more"
     more = {'cost': "more batches would cost more than they could save",
-            'stuck': "the training loss does not fall any more, a lower lr may tell more"}.get(result.run.enough) or f"to learn more, {_more(result)}"
+            'stuck': "the training loss has stopped falling, and a lower lr may tell more"}.get(result.run.enough) or f"to learn more, {_more(result)}"
     return f"Stay with {_size(result.run)} for now{why}; {more}."
 
 def _of(ratio, what): return f"{'about ' if ratio >= .01 else ''}{as_ratio(ratio)} {'of' if ratio <= 1 else 'times'} the {what}"
@@ -183,20 +183,20 @@ def _without_times(result, bs, how):
     if last.hi == math.inf: return _stay(result)
     if last.noise_scale > 1.5*run.bs and result.largest:
         return f"Stay with {size}: no larger batch {'works in one piece' if profile.capped else 'fits, in memory or in an epoch'}."
-    return f"Stay with {size}: the noise scale is about as large; larger batches mostly burn compute, smaller ones mostly cost steps."
+    return f"Stay with {size}: the noise scale is close to it; larger batches would mostly waste compute, smaller ones would mostly take more steps."
 
 def _as_raced(result):
     "How a race ended"
     race = result.race
-    losses = [f"{loss:.3g}" if math.isfinite(loss) else "one that is not finite" for loss in race.losses]
-    ends = [f"bs={bs} {'' if i else 'got '}to {'' if i else 'a loss of '}{loss}" for i,(bs,loss) in enumerate([*zip(race.sizes, losses)][::-1])]
+    losses = [f"a loss of {loss:.3g}" if math.isfinite(loss) else "a loss that is not finite" for loss in race.losses]
+    ends = [f"bs={bs} {'' if i else 'reached '}{loss}" for i,(bs,loss) in enumerate([*zip(race.sizes, losses)][::-1])]
     return f"n a race of {as_number(race.seconds)} s each, {', '.join(ends)}"
 
 def _doubt(times, regret):
     "What another size may gain, and lose; empty where that is not much"
     best = times.time.idxmin()
     if times.time[best]*(1 + max(regret, .01)) > 1: return ''
-    lost = f", but perhaps {as_ratio(times.worst[best])} times as long" if times.worst[best] > 1.05 else ''
+    lost = f", or at worst {as_ratio(times.worst[best])} times as long" if times.worst[best] > 1.05 else ''
     return f": bs={best} may take {as_ratio(times.time[best])} of the time{lost}"
 
 def _why_stay(result):
@@ -207,7 +207,7 @@ def _why_stay(result):
     if result.race and any(result.race.winner(bs) == bs0 for bs in result.race.sizes[1:]): return f"{stay}: i{_as_raced(result)}."
     best = times.time.idxmin()
     if doubt := _doubt(times, run.regret): return _stay(result, doubt)
-    where = "here" if run.steps > 2*least_steps else f"in a training of {as_number(run.steps)} steps, of which a schedule needs {least_steps}"
+    where = "here" if run.steps > 2*least_steps else f"in a training of {as_number(run.steps)} steps, since a schedule needs {least_steps} or so"
     return f"{stay}: no other batch size should be much faster {where}{f' (bs={best}: {as_ratio(times.time[best])} of the time)' if best != bs0 else ''}."
 
 def _what_to_do(result):
@@ -238,7 +238,8 @@ def _how_sure(result, first):
     if run.enough == 'clear': text += f" After {plural(run.spent, 'batch')} the choice was clear."
     elif 'more batches' not in first:
         if run.enough == 'cost': text += " More batches would have cost more than they could save."
-        elif (open_by := times.regret[bs]) > max(run.regret, .005): text += f" The choice is open by {open_by:.0%}: to learn more, {_more(result)}."
+        elif (open_by := times.regret[bs]) > max(run.regret, .005):
+            text += f" This choice may take up to {open_by:.0%} longer than the best one: to learn more, {_more(result)}."
     if result.race and 'a race' not in first: text += f" I{_as_raced(result)}."
     return text
 
@@ -252,9 +253,9 @@ _uneven = .7  # from here on the noise scale comes out a good deal too small
 def _about_times(result):
     profile,race = result.profile,result.race
     if profile.unsteady > _unsteady and not (race and result.advised in race.sizes):  # a race does not go by times
-        return f"Step times are known within {profile.unsteady:.0%} only: other programs may be running; ask again when they are not."
+        return f"Step times are known only to within {profile.unsteady:.0%}, perhaps because other programs are running: ask again when they are not."
     if profile.trouble and not profile.unfit:
-        return ("How fast other batch sizes are on this machine is not known: "
+        return ("The speed of other batch sizes on this machine is not known: "
                 f"{troubles[profile.trouble].format(bs=profile.failed, error=profile.error)}.")
 
 def sizes_summary(
@@ -263,10 +264,10 @@ def sizes_summary(
     unfit:str, # What others fail with
 ) -> str: # A sentence
     "Which batch sizes work, where others fail for another reason than memory"
-    if least == most: return f"Only batches of {as_examples(most)} work here, other sizes fail ({unfit}): a larger step takes several, accumulated."
+    if least == most: return f"Only batches of {as_examples(most)} work here, other sizes fail ({unfit}): accumulate gradients for a larger step."
     if most is None: return f"Batches of fewer than {as_examples(least)} fail here ({unfit})."
     fewer = f", and those of fewer than {least:,}" if least > 1 else ''
-    return f"Batches of more than {as_examples(most)} fail here{fewer} ({unfit}): a larger step takes several, accumulated."
+    return f"Batches of more than {as_examples(most)} fail here{fewer} ({unfit}): accumulate gradients for a larger step."
 
 def _about_sizes(result):
     profile = result.profile
@@ -275,7 +276,7 @@ def _about_sizes(result):
 def _small_batch_norm(result):
     run,bs = result.run,result.run.measured_bs or result.run.bs
     if run.batch_norm and bs < _small_bs:
-        return (f"With batch-norm this number belongs to bs={bs}: larger batches can give a larger one, so measure again at the batch size that "
+        return (f"With batch-norm this noise scale holds for bs={bs}, and larger batches can give a larger one: measure again at the batch size that "
                 "you will train with.")
 
 def _about_loss(result):
@@ -283,7 +284,7 @@ def _about_loss(result):
     if run.loss == 'sum' and run.opt == 'sgd' and bs not in (None, run.bs):
         return "The loss is summed over the batch, so larger batches make larger steps by themselves: that is why lr does not grow along."
     if run.uneven > _uneven:
-        return f"The examples of this loss weigh so differently that bs={run.bs} tells too small a noise scale: measure with larger batches."
+        return f"The examples' weights in this loss differ so much that the noise scale comes out too small at bs={run.bs}: measure with larger batches."
 
 def _limit(result):
     last,most,n = result.in_use.iloc[-1],result.largest,result.run.n
@@ -347,7 +348,7 @@ def noise_scale_so_far(
     "The comment beside a progress bar"
     noise_scale,lo,hi = (row[f'opt_{c}'] for c in ('noise_scale', 'lo', 'hi'))
     known = f'noise scale {noise_scale:.0f}' if hi < math.inf else f'noise scale at least {lo:.0f}' if hi == math.inf and lo >= 1 else ''
-    return known + (f', choice open by {regret:.0%}' if known and regret is not None and regret < 10 else '')
+    return known + (f', choice within {regret:.0%} of the best' if known and regret is not None and regret < 10 else '')
 
 # %% ../nbs/32_words.ipynb #2de72bae
 def set_bs_summary(
@@ -370,7 +371,8 @@ def set_bs_summary(
     elif left > (n or 0)/20: res += f"; drop_last=True leaves {left:,} of {n:,} examples out of each epoch"
     if not plan: return res + '.'
     before,n_epoch,lr = plan
-    return f"{res}. To get as far as in {plural(before, 'epoch')}, train for {n_epoch} at lr≈{as_lr(lr)}: learn.fit_one_cycle(*learn.bs_plan({before}))"
+    res += f". To get as far as in {plural(before, 'epoch')} at the old size, train for {n_epoch} at lr≈{as_lr(lr)}"
+    return f"{res}: learn.fit_one_cycle(*learn.bs_plan({before}))"
 
 def stays_summary(
     bs:int|None, # The batch size in use; `None`: not known
@@ -380,9 +382,9 @@ def stays_summary(
     if result is None: why = ''
     elif result.failure or result.hindrance: why = reasons[result.failure or result.hindrance]
     elif result.mean_noise_scale is None or not result.in_use.hi.iloc[-1] > 0: why = "the noise scale is not known"
-    elif result.step_time is None: why = "how fast other batch sizes are on this machine is not known"
+    elif result.step_time is None: why = "the speed of other batch sizes on this machine is not known"
     else: why = "the noise scale is not known well enough"
-    return f"The batch size stays {f'at {bs}' if bs else 'what it is'}: bs_find could not tell a faster one{why and f', because {why}'}."
+    return f"The batch size stays {f'at {bs}' if bs else 'what it is'}: bs_find could not name a faster one{why and f', because {why}'}."
 
 # %% ../nbs/32_words.ipynb #22d47091
 def noise_scale_summary(
@@ -394,7 +396,7 @@ def noise_scale_summary(
         if result.out_of_memory: why = "there is not enough memory for it beside the training"
         return f"The noise scale was not measured: {result.error or why}."
     x,share = result.in_use,result.seconds/max(result.train_seconds, 1e-9)
-    where,last = f"{len(x)} measurement{'s' if len(x) > 1 else ''} of the noise scale, {share:.1%} of the training time",x.iloc[-1]
+    where,last = f"The noise scale was measured {len(x)} time{'s' if len(x) > 1 else ''}, at a cost of {share:.1%} of the training time",x.iloc[-1]
     if result.out_of_memory: where += ", until there was not enough memory for more"
     if result.error: where += f", until one failed ({result.error})"
     if result.hindrance: return f"{where}. {' '.join(hindrances[result.hindrance])}"
@@ -417,8 +419,8 @@ def growth_summary(
     "Which batch sizes a training had"
     kept = [o for o in rows if o['why'] != 'trial']
     because = reasons.get(result.failure or result.hindrance) if result else None
-    if len(kept) == 1: return f"The training had bs={kept[0]['bs']} to its end{f', because {because}' if because else ''}."
-    later = [f"after {o['start']:.0%} of it bs={o['bs']} at {as_ratio(o['lr_factor'])} times the learning rate" for o in kept[1:]]
+    if len(kept) == 1: return f"The training kept bs={kept[0]['bs']} to the end{f', because {because}' if because else ''}."
+    later = [f"after {o['start']:.0%} of the way it went on with bs={o['bs']} at {as_ratio(o['lr_factor'])} times the learning rate" for o in kept[1:]]
     text = f"The training began with bs={kept[0]['bs']}; {', '.join(later)}."
     if not far or far[1] <= far[0]: return text
     return f"{text} To get as far as in {plural(far[0], 'epoch')} with bs={kept[0]['bs']}, train for {far[1]}: GrowBatch(plan=True)."
@@ -456,17 +458,17 @@ def _to_target(result, top):
         text += f": {seconds} of the time of bs={bs0} at its best learning rate, in {steps} of its steps and {examples} times the examples"
     res = [text + '.']
     if result.fit: res.append(_fit(result.fit, top.index))
-    if never: res.append(f"It was not reached with bs={', '.join(map(str, never))}.")
+    if never: res.append(f"The target was not reached with bs={', '.join(map(str, never))}.")
     return res + _lrs_at_the_edge(result.stats)
 
 # %% ../nbs/32_words.ipynb #10d979ef
 def sweep_summary(
     result:SweepResult, # The result of `bs_sweep`: `learn.recorder.bs_sweep_result`
-    interrupted:bool=False, # Was it?
+    interrupted:bool=False, # Was the sweep interrupted?
 ) -> str: # Some sentences
     "The result of a sweep in words"
     stats,res,n = result.stats,[],len(result)
-    if interrupted: res.append(f"Interrupted after {n} training{'s' if n > 1 else ''}: to go on, call it again with resume=learn.recorder.bs_sweep."
+    if interrupted: res.append(f"Interrupted after {n} training{'s' if n > 1 else ''}: to go on, call bs_sweep again with resume=learn.recorder.bs_sweep."
                                if n else "Interrupted before the first training was done.")
     if result.too_large < math.inf: res.append(f"bs={result.too_large} does not fit in memory.")
     if result.unfit: res.append(f"bs={', '.join(map(str, result.unfit))} fails here ({next(iter(result.unfit.values()))}).")

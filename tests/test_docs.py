@@ -43,6 +43,28 @@ def test_pages(site):
 
 
 @pytest.mark.slow
+def test_pages_for_language_models(site):
+    "Every page of the sidebar, with what it is about"
+    out,pages = site
+    lines = re.findall(r'^- \[(.+?)\]\((.+?)\)(?:: (.+))?$', (out/'llms.txt').read_text(), re.M)
+    listed = {a['href'] for a in pages[out/'index.html'].select('.sidebar-tree a') if a['href'] != '#'}
+    assert {url for _,url,_ in lines} == listed and len(lines) == len(listed)
+    for title,url,about in lines: assert pages[out/url].h1.get_text().removesuffix('¶').strip('#') == re.sub('[`*]', '', title), url
+    assert all(about for _,url,about in lines if not url.startswith('benchmarks/') and url not in ('CONTRIBUTING.html', 'docs/api.html'))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('page,call', [('50_finder', 'bs_find'), ('42_set_bs', 'set_bs'), ('41_memory', 'max_bs'), ('43_track', 'NoiseScale'), ('52_sweep', 'bs_sweep')])
+def test_a_page_begins_with_the_call_and_its_example(site, page, call):
+    out,pages = site
+    article = pages[out/f'nbs/{page}.html'].article
+    code,entry = article.select_one('.cell_input'),article.select_one('dl.py')
+    assert re.search(rf'\b{call}\(', code.get_text()) and re.search(rf'\b{call}\b', entry.dt.get_text())
+    heading = article.find('h2')
+    assert code.sourceline < entry.sourceline < heading.sourceline
+
+
+@pytest.mark.slow
 def test_links_and_pictures_lead_somewhere(site):
     out,pages = site
     wrong = []
@@ -68,7 +90,8 @@ def test_nothing_is_loaded_from_elsewhere(site):
 @pytest.mark.slow
 def test_no_address_of_the_repository(site):
     urls = {a['href'] for page in site[1].values() for a in page.find_all('a', href=True)}
-    assert not [u for u in urls if re.search('github|colab', u) and u != 'https://github.com/pradyunsg/furo']  # the theme's author
+    others = {'https://github.com/pradyunsg/furo', 'https://github.com/hal-314/fastai-batch-size-finder'}  # the theme, and a port of the first finder
+    assert not [u for u in urls if re.search('github|colab', u) and u not in others]
 
 
 @pytest.mark.slow

@@ -527,7 +527,7 @@ def test_a_stream_is_read_as_often_as_it_takes(capsys, n, measured_at):
     learn.dls.loaders[0] = endless(n)
     learn.bs_find(.1, 100, 10, show_plot=False, regret=0)
     assert learn.recorder.bs_stats.batch.tolist() == measured_at and learn.recorder.bs_result.run.n is None
-    assert ('ended each one early' in capsys.readouterr().out) == (not measured_at)
+    assert ('cut each one short' in capsys.readouterr().out) == (not measured_at)
 
 
 def test_a_stream_that_has_nothing_to_give(capsys):
@@ -584,7 +584,7 @@ def test_batch_norm_in_small_batches_is_said(capsys, norm, bs, frozen, said):
     learn.model = nn.Sequential(nn.Linear(64, 32), norm(32), nn.ReLU(), nn.Linear(32, 10)).requires_grad_(not frozen)
     learn.model[-1].requires_grad_(True)
     learn.bs_find(.1, 94 if bs == 16 else 47, show_plot=False)
-    assert (f'With batch-norm this number belongs to bs={bs}: larger batches can give a larger one' in capsys.readouterr().out) == said
+    assert (f'With batch-norm this noise scale holds for bs={bs}, and larger batches can give a larger one' in capsys.readouterr().out) == said
 
 
 # Errors
@@ -617,11 +617,11 @@ def no_target(learn): learn.dls.train.after_batch = lambda b: (b[0],)
     ({}, lambda l: l.dls.loaders.__setitem__(0, l.dls.train.new(bs=2000, drop_last=True)), r'empty: 1500 examples make no batch of bs=2000 with drop_last=True. Lower bs'),
     ({}, no_target, r'training loader yields no target'),
     ({}, lambda l: l.model.requires_grad_(False), r'no trainable parameters'),
-    (dict(n_batch=10, num_it=30), lambda l: setattr(l.dls.train, 'bs', 500), r'n_batch=10 is more than the 3 batches of an epoch, and a measurement stays within one: lower n_batch to 3'),
+    (dict(n_batch=10, num_it=30), lambda l: setattr(l.dls.train, 'bs', 500), r'n_batch=10 is more than the 3 batches of an epoch, and a measurement has to fit into one epoch: lower n_batch to 3'),
     ({}, lambda l: setattr(l, 'model', nn.Sequential(nn.LazyLinear(10))), r'lazy layers'),
     ({}, lambda l: l.remove_cb(l.recorder), r'no Recorder'),
     ({}, lambda l: setattr(l, 'loss_func', None), r"loss_func is None: set learn.loss_func"),
-    (dict(regret=-.1), None, r'regret=-0.1 is not a share of the time of 0 or more'),
+    (dict(regret=-.1), None, r'regret=-0.1 is not a share of the time: give a number of 0 or more'),
     (dict(regret=nan), None, r'regret=nan is not a share of the time'),
     (dict(regret=True), None, r'regret=True is not a share of the time'),
     (dict(regret='10%'), None, r"regret='10%' is not a share of the time"),

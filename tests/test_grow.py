@@ -285,14 +285,14 @@ def test_it_says_why_it_stays(capsys):
     learn = made()
     learn.loss_func = between
     with learn.no_bar(): learn.fit(1, .01, cbs=GrowBatch())
-    assert 'The training had bs=16 to its end, because' in ' '.join(capsys.readouterr().out.split())
+    assert 'The training kept bs=16 to the end, because' in ' '.join(capsys.readouterr().out.split())
     assert learn.recorder.bs_changes.bs.tolist() == [16]
 
 
 def test_it_says_what_it_did(capsys):
     learn = digits_learner()
     with learn.no_bar(): learn.fit(3, .1, cbs=GrowBatch([(0, 16), (.5, 64, 2.)]))
-    assert 'The training began with bs=16; after 50% of it bs=64 at 2.0 times the learning rate.' in ' '.join(capsys.readouterr().out.split())
+    assert 'The training began with bs=16; after 50% of the way it went on with bs=64 at 2.0 times the learning rate.' in ' '.join(capsys.readouterr().out.split())
 
 
 def test_it_says_how_many_epochs_get_as_far(capsys, steady):

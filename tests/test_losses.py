@@ -12,6 +12,7 @@ from fastai.callback.mixup import MixUp
 from fastai.losses import DiceLoss, FocalLossFlat, LabelSmoothingCrossEntropy
 
 from fastai_bs_finder.all import *
+from fastai_bs_finder.grow import GrowBatch
 from fastai_bs_finder.demo import digits_learner
 from fastai_bs_finder.losses import BatchLoss
 from reference import per_example_grads
@@ -239,7 +240,7 @@ def test_a_piece_in_which_nothing_counts_is_left_out():
 def test_accumulating_what_is_between_examples_warns():
     learn = digits_learner(bs=16)
     learn.loss_func = between
-    with pytest.warns(UserWarning, match='depends on the others of its batch'), learn.no_bar(), learn.no_logging(): learn.fit(1, .01, cbs=AccumulateGrads(64))
+    with pytest.warns(UserWarning, match='depends on the other examples in its batch'), learn.no_bar(), learn.no_logging(): learn.fit(1, .01, cbs=AccumulateGrads(64))
 
 
 def truth(model, items, loss, weights=None):
@@ -312,7 +313,7 @@ def test_no_advice_where_examples_depend_on_each_other(model, loss):
     learn.loss_func = loss
     with learn.no_bar(): sug = learn.bs_find(.01, 120)
     result = learn.recorder.bs_result
-    assert set(sug) == {None} and result.table is None and result.advised is None and 'depends on the others of its batch' in str(result)
+    assert set(sug) == {None} and result.table is None and result.advised is None and 'depends on the other examples in its batch' in str(result)
     assert learn.set_bs(sug).dls.bs == 16
 
 
@@ -380,7 +381,7 @@ def test_no_pieces_of_what_is_between_examples():
     learn = digits_learner(bs=16)
     learn.loss_func = between
     before = {k: v.clone() for k,v in learn.model.state_dict().items()}
-    with pytest.raises(ValueError, match='bs=128 does not fit, 32 examples do, and it cannot be taken in pieces here.* Give 32 or less'): learn.set_bs(128, fits=32)
+    with pytest.raises(ValueError, match='bs=128 does not fit in memory .32 examples do., and cannot be accumulated.* Give 32 or less'): learn.set_bs(128, fits=32)
     assert learn.dls.bs == 16 and not any(isinstance(o, AccumulateGrads) for o in learn.cbs) and learn.opt is None
     assert all(torch.equal(v, before[k]) for k,v in learn.model.state_dict().items())
     learn.set_bs(32, fits=32)
@@ -390,7 +391,7 @@ def test_a_training_with_what_is_between_examples_says_so(capsys):
     learn = digits_learner(bs=16)
     learn.loss_func = between
     with learn.no_bar(): learn.fit(1, .01, cbs=NoiseScale(share=None, every=20))
-    assert 'depends on the others of its batch' in capsys.readouterr().out.replace('\n', ' ')
+    assert 'depends on the other examples in its batch' in capsys.readouterr().out.replace('\n', ' ')
 
 
 class TakeTurns(Callback):
@@ -479,10 +480,10 @@ def test_the_loss_may_change_after_bs_find():
     learn = digits_learner(bs=16)
     with learn.no_bar(), learn.no_logging(): learn.bs_find(.1, 60, 5, show_plot=False, profile=False)
     learn.loss_func = between
-    with pytest.raises(ValueError, match='cannot be taken in pieces'): learn.set_bs(64, fits=16)
+    with pytest.raises(ValueError, match='cannot be accumulated'): learn.set_bs(64, fits=16)
 
 
 def test_what_cannot_be_found_out_is_said():
     learn = digits_learner(bs=16)
     learn.loss_func = lambda p, t: F.cross_entropy(p + torch.randn_like(p), t)
-    with pytest.warns(UserWarning, match='cannot be found out what this loss is'), learn.no_bar(), learn.no_logging(): learn.fit(1, .01, cbs=AccumulateGrads(64))
+    with pytest.warns(UserWarning, match='could not be identified'), learn.no_bar(), learn.no_logging(): learn.fit(1, .01, cbs=AccumulateGrads(64))

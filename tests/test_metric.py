@@ -11,6 +11,7 @@ from fastai.callback.progress import ProgressCallback
 from fastai.optimizer import Larc, Lookahead, ranger
 
 from fastai_bs_finder.all import *
+from fastai_bs_finder.grow import GrowBatch
 from fastai_bs_finder.demo import digits_learner
 from fastai_bs_finder.noise import GradSums
 from footprint import assert_no_footprint

@@ -7,6 +7,7 @@ from fastai.basics import CrossEntropyLossFlat, DataLoader, DataLoaders, Learner
 from sklearn.datasets import load_digits
 
 from fastai_bs_finder.all import *
+from fastai_bs_finder.grow import GrowBatch
 
 
 def in_classes(n, k=10):

@@ -12,6 +12,7 @@ from sklearn.datasets import load_digits
 from fastai.basics import Callback, CancelBatchException, CancelEpochException, CancelFitException, CancelStepException, CancelTrainException, CrossEntropyLossFlat, DataLoader, DataLoaders, Learner, OptimWrapper, SGD, Adam, accuracy
 from fastai.callback.all import CSVLogger, GradientAccumulation, GradientClip, ProgressCallback
 from fastai_bs_finder.all import *
+from fastai_bs_finder.grow import GrowBatch
 from fastai_bs_finder.mock import mock_training
 from fastai_bs_finder.processes import is_distributed, processes_of
 from fastai_bs_finder.profile import profile_steps
@@ -600,8 +601,8 @@ def test_arguments_that_differ(tmp_path):
         assert suggested == 10
 
 
-@pytest.mark.parametrize('size,bs,kwargs,msg', [(16, 8, dict(n_batch=2), 'more than the 1 batch of an epoch, and a measurement stays within one: lower n_batch to 1 or less, or measure with smaller batches$'),
-                                                (640, 32, dict(n_batch=20), 'lower n_batch to 10 or less, or measure with smaller batches, bs=5 for example'), (20, 16, {}, 'less than a batch of bs=16, and drop_last leaves that out')])
+@pytest.mark.parametrize('size,bs,kwargs,msg', [(16, 8, dict(n_batch=2), 'more than the 1 batch of an epoch, and a measurement has to fit into one epoch: lower n_batch to 1 or less, or measure with smaller batches$'),
+                                                (640, 32, dict(n_batch=20), 'lower n_batch to 10 or less, or measure with smaller batches, bs=5 for example'), (20, 16, {}, 'less than one batch of bs=16 per epoch, and drop_last leaves it out')])
 def test_epochs_that_are_too_short(size, bs, kwargs, msg, tmp_path):
     def f(rank):
         learn = digits(range(size), bs)

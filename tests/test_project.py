@@ -2,7 +2,7 @@
 import configparser, re, subprocess
 from pathlib import Path
 
-import pandas as pd, pytest, yaml
+import nbformat, pandas as pd, pytest, yaml
 import fastai_bs_finder
 
 import data
@@ -82,9 +82,30 @@ def test_readme_is_the_index_notebook(monkeypatch):
     assert {str(p.relative_to(root)) for p in (root/'README_files').iterdir()} == set(pictures)
 
 
+def test_pictures_of_the_readme_are_described():
+    alts = re.findall(r'!\[([^]]*)\]', (root/'README.md').read_text())
+    assert alts and all(len(alt.split()) > 5 and alt[0].isupper() and alt.endswith('.') for alt in alts)
+
+
 def test_links_of_the_readme_lead_somewhere():
     for target in re.findall(r'\]\(([^)#]+)', (root/'README.md').read_text()):
         assert target.startswith('https://') or (root/target).exists(), target
+
+
+def test_notebooks_install_what_is_missing_from_where_it_is(monkeypatch, tmp_path):
+    "Each that is for outsiders, and nothing that is nowhere"
+    monkeypatch.syspath_prepend(root/'nbs')
+    from readme import address, install_cell, set_install_cells
+    def cells(folder): return {p.name: next((c.source for c in nbformat.read(p, 4).cells if c.cell_type == 'code'), '') for p in folder.glob('*.ipynb')}
+    for_outsiders = [p.name for g in ('00*', '01*', '6*') for p in (root/'nbs').glob(g + '.ipynb')]
+    found = cells(root/'nbs')
+    assert len(for_outsiders) == 10 and {found[name] for name in for_outsiders} == {install_cell(address())}
+    url = 'https://github.com/someone/fastai_bs_finder'
+    for name in for_outsiders[:3] + ['index.ipynb']: (tmp_path/name).write_text((root/'nbs'/name).read_text())
+    set_install_cells(tmp_path, url)
+    assert all((f'%pip install -q git+{url}' in source) == (name != 'index.ipynb') for name,source in cells(tmp_path).items())
+    set_install_cells(tmp_path, address())
+    assert all((tmp_path/p.name).read_text() == p.read_text() for p in (root/'nbs').iterdir() if (tmp_path/p.name).exists())
 
 
 def test_everything_public_comes_with_one_import():
@@ -93,6 +114,7 @@ def test_everything_public_comes_with_one_import():
     for name in 'noise_and_scale fieller ema_weights GradSums NoiseMeter round_bs critical average BSSuggestion rel_steps rel_examples bs_summary BSFinder no_footprint'.split():
         assert hasattr(everything, name), name
     assert callable(Learner.bs_find) and callable(Recorder.plot_bs_find)
+    assert not hasattr(everything, 'GrowBatch')  # an experiment, see nbs/51_grow.ipynb
 
 
 def public():

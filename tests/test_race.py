@@ -51,7 +51,7 @@ def test_the_winner_is_suggested():
     sug,r = find(learn),learn.recorder.bs_result
     assert sug.fastest > 16 and r.race.sizes == [16, sug.fastest] and r.race.winner(sug.fastest) == sug.fastest
     assert r.race.steps[0] >= r.race.steps[1] == 64 and r.race.losses[1] < r.race.losses[0] < 2.3 and r.race.errors[1] > r.race.errors[0] == 0
-    assert f'n a race of {r.race.seconds:.2g} s each, bs={sug.fastest} got to a loss of' in str(r)
+    assert f'n a race of {r.race.seconds:.2g} s each, bs={sug.fastest} reached a loss of' in str(r)
 
 
 def test_a_suggestion_that_loses_is_not_fastest():

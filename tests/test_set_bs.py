@@ -111,7 +111,7 @@ def test_the_answer_of_bs_find_and_its_advice(capsys):
         learn.set_bs(bs)
         return capsys.readouterr().out.splitlines()[-1]
     n,(n_epoch,lr,_) = learn.dls.train.n,learn.recorder.bs_result.plan(64, 3)
-    assert said(64) == (f"Batches of 64 examples, {-(-n//64)} steps per epoch. To get as far as in 3 epochs, train for {n_epoch} at lr≈{lr:.2g}: "
+    assert said(64) == (f"Batches of 64 examples, {-(-n//64)} steps per epoch. To get as far as in 3 epochs at the old size, train for {n_epoch} at lr≈{lr:.2g}: "
                         "learn.fit_one_cycle(*learn.bs_plan(3))")
     assert said(16) == f'Batches of 16 examples, {-(-n//16)} steps per epoch.'  # the size that was measured with
     learn.set_bs(sug)
@@ -128,19 +128,19 @@ timed = {b: .004 + 2e-5*b for b in (16, 64, 256, 1024)}
 
 
 @pytest.mark.parametrize('found,why', [
-    (result(*known, bs=16), 'how fast other batch sizes are on this machine is not known'),
+    (result(*known, bs=16), 'the speed of other batch sizes on this machine is not known'),
     (result((300, 1, inf), bs=16, step_time={b: 1e-3*b for b in (4, 16, 64)}), 'the noise scale is not known well enough'),
     (result((-350, 0, inf), bs=16, step_time=timed), 'the noise scale is not known'),
     (result(bs=16), 'the noise scale is not known'),
     (result(*known, bs=16, step_time=timed, alike=True), 'the training loader does not draw its batches at random'),
-    (result(*known, bs=16, step_time=timed, mixed=True), 'two trainings take turns in this learner'),
-    (result(*known, bs=16, step_time=timed, loss='between'), "an example's part in this loss depends on the others of its batch")])
+    (result(*known, bs=16, step_time=timed, mixed=True), 'this learner trains two networks in turn'),
+    (result(*known, bs=16, step_time=timed, loss='between'), "what an example adds to this loss depends on the other examples in its batch")])
 def test_what_is_not_known_to_be_faster_changes_nothing(found, why, capsys):
     assert found.suggested['fastest'] is None
     learn = digits_learner()
     was,sug = state(learn),Sug(*found.suggested.values())
-    assert learn.set_bs(sug) is learn and capsys.readouterr().out == 'The batch size stays at 16: bs_find could not tell a faster one.\n'
-    said = f'The batch size stays at 16: bs_find could not tell a faster one, because {why}.'
+    assert learn.set_bs(sug) is learn and capsys.readouterr().out == 'The batch size stays at 16: bs_find could not name a faster one.\n'
+    said = f'The batch size stays at 16: bs_find could not name a faster one, because {why}.'
     for o in (sug, found):
         keep_result(learn.recorder, 'bs_result', found if o is sug else None)
         assert learn.set_bs(o) is learn and ' '.join(capsys.readouterr().out.split()) == said
@@ -198,7 +198,7 @@ def test_a_plan_of_an_unknown_noise_scale():
         having(learn, *rows, **facts, lr_given=slice(.01, .1))
         assert learn.bs_plan(3) == (3, slice(.01, .1))
         with learn.no_logging(): learn.set_bs(32)
-        with pytest.raises(ValueError, match='n_epoch=3 at bs=16 cannot be converted to bs=32: .*, or go back, learn.set_bs' if not facts.get('biased') else 'without finder'):
+        with pytest.raises(ValueError, match='n_epoch=3 at bs=16 cannot be converted to bs=32: .*, or go back with learn.set_bs' if not facts.get('biased') else 'without finder'):
             learn.bs_plan(3)
         with learn.no_logging(): learn.set_bs(16)
     for facts,words in ((dict(lr=0, lr_given=0), 'nothing was trained in the last bs_find: do what it said, and call it again'),
@@ -210,7 +210,7 @@ def test_a_plan_of_an_unknown_noise_scale():
 @pytest.mark.parametrize('n_epoch', (0, -1, 2.5, True, None, '3'))
 def test_no_plan_for_bad_input(n_epoch):
     learn = digits_learner(bs=16)
-    with pytest.raises(ValueError, match='epochs at the batch size that bs_find measured at, and there was none yet: call learn.bs_find'): learn.bs_plan(3)
+    with pytest.raises(ValueError, match='epochs at the batch size of the last bs_find, and bs_find has not run yet: call learn.bs_find'): learn.bs_plan(3)
     having(learn, *known)
     with pytest.raises(ValueError, match=f'n_epoch={n_epoch!r} is not a whole number of 1 or more'): learn.bs_plan(n_epoch)
 

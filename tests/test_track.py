@@ -318,7 +318,7 @@ def test_the_table(capsys):
     assert learn.recorder.metric_names[-2] == 'noise_scale'
     assert learn.recorder.values[-1][-1] == pytest.approx(noise_in_use(s).noise_scale.iloc[-1])
     out = capsys.readouterr().out.splitlines()
-    assert out[-1].startswith(f'{len(s)} measurements of the noise scale, ') and out[-1].endswith(' examples at the end.')
+    assert out[-1].startswith(f'The noise scale was measured {len(s)} times, ') and out[-1].endswith(' examples at the end.')
 
 
 def test_loggers(tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ uses = """
 from typing_extensions import assert_type  # in `typing` from Python 3.11 on
 import numpy as np, pandas as pd, torch
 from fastai_bs_finder.all import *
+from fastai_bs_finder.grow import GrowBatch, Stage
 
 assert_type(rel_steps(64, 16, 100.), float)
 assert_type(round_bs(100.), int)

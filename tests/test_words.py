@@ -25,8 +25,8 @@ lost = Race([64, 192], [100, 60], 1.23, [.41, .47], [0, .01])
 
 @pytest.mark.parametrize('found,bs,words', [
     (small((90, nan, nan), (95, 60, 130), (100, 80, 130)), 96, 'is 100 examples (95% interval 80 to 130), measured with bs=16 at lr=0.1.'),
-    (small(*[(15, 10, 20)]*3), 16, 'Stay with bs=16: the noise scale is about as large; larger'),
-    (small(*[(99, 80, 120)]*3, bs=100), 96, 'Stay with bs=100: the noise scale is about as large; larger'),
+    (small(*[(15, 10, 20)]*3), 16, 'Stay with bs=16: the noise scale is close to it; larger'),
+    (small(*[(99, 80, 120)]*3, bs=100), 96, 'Stay with bs=100: the noise scale is close to it; larger'),
     (small(*[(500_000, 400_000, 600_000)]*3, bs=1024), 1024, 'Stay with bs=1024: no larger batch fits, in memory or in an epoch.'),
     (small(*[(500_000, 400_000, 600_000)]*3, bs=1), 1024, 'A larger batch would save more steps, but the training set has only 1,500 examples.'),
     (small(*[(90, nan, nan)]*30, beta=0.), 96,
@@ -48,7 +48,7 @@ lost = Race([64, 192], [100, 60], 1.23, [.41, .47], [0, .01])
     (small((90, nan, nan)), 96, '1 measurement is too few to say how sure that is.'),
     (small((90, nan, nan), suggest=(critical,)), 96, 'Stay with bs=16 for now (bs=96 is a guess); to learn more'),
     (small((-90, nan, nan), (-80, nan, nan)), None, 'is not known yet'),
-    (small(*[(900, 700, 1100)]*3, biased=True), 1024, 'Stay with bs=16: this is a biased number, for comparison only, since every batch stepped.'),
+    (small(*[(900, 700, 1100)]*3, biased=True), 1024, 'Stay with bs=16: this number is biased, since the optimizer stepped after every batch; it is for comparison only.'),
     (small(), None, 'Stay with bs=16 for now; to learn more, ask again with num_it=200.'),
     (small(missing='no gradient'), None, 'No measurement of 10 batches was completed: no batch gave a gradient.'),
     (small(missing='ended'), None, 'Stay with bs=16 for now; to learn more, ask again with n_batch=5.'),
@@ -56,8 +56,8 @@ lost = Race([64, 192], [100, 60], 1.23, [.41, .47], [0, .01])
     (small(stopped='first loss', spent=1), None, 'Look for missing or infinite values in the data: the loss was not finite, and no step was made yet.'),
     (small(*[(100, 80, 130)]*3, lr=0), 96, 'Ask again with the lr that you train with: nothing was trained with lr=0'),
     (small(*[(100, 80, 130)]*3, first_loss=.3), 96, 'Lower lr, then ask again: the training loss rose from 0.3 to 1, at lr=0.1.'),
-    (small(*[(100, 80, 130)]*3, loss='between'), None, 'Try some batch sizes, learn.bs_sweep(): what an example adds'),
-    (small(*[(100, 80, 130)]*3, mixed=True), None, 'Measure each network by itself, the parameters of the other frozen: two trainings'),
+    (small(*[(100, 80, 130)]*3, loss='between'), None, 'Try some batch sizes with learn.bs_sweep(): what an example adds'),
+    (small(*[(100, 80, 130)]*3, mixed=True), None, 'Measure each network by itself, with the parameters of the other one frozen: this learner trains two networks'),
     (small(*[(100, 80, 130)]*3, alike=True), None, 'Shuffle the training data, then ask again: the training loader does not draw its batches at random.'),
 ])
 def test_of_the_noise_scale(found, bs, words):
@@ -73,15 +73,15 @@ def test_of_the_noise_scale(found, bs, words):
     (result(*known, step_time=linear), "measured with bs=64 at lr=0.1. Batch sizes from 192 to 512 are about as fast (within 10%)."),
     (result(*known, step_time=linear, enough='clear', spent=120), "are about as fast (within 10%). After 120 batches the choice was clear."),
     (result(*known, step_time=linear, enough='cost'), "More batches would have cost more than they could save."),
-    (result(*[(600, 200, inf)]*3, step_time=linear), "The choice is open by 24%: to learn more, ask again with num_it=400 or n_batch=40"),
-    (result(*known, step_time=linear, race=race), "In a race of 1.2 s each, bs=192 got to a loss of 0.41, bs=64 to 0.47."),
-    (result(*known, step_time=linear, race=lost), "Stay with bs=64: in a race of 1.2 s each, bs=192 got to a loss of 0.47, bs=64 to 0.41.\n"),
+    (result(*[(600, 200, inf)]*3, step_time=linear), "This choice may take up to 24% longer than the best one: to learn more, ask again with num_it=400 or n_batch=40"),
+    (result(*known, step_time=linear, race=race), "In a race of 1.2 s each, bs=192 reached a loss of 0.41, bs=64 a loss of 0.47."),
+    (result(*known, step_time=linear, race=lost), "Stay with bs=64: in a race of 1.2 s each, bs=192 reached a loss of 0.47, bs=64 a loss of 0.41.\n"),
     (result(*[(6, 5, 7)]*3, step_time=linear), "Stay with bs=64: no other batch size should be much faster here (bs=32: 0.97 of the time).\n"),
-    (result(*[(300, 10, 9000)]*3, step_time=linear), "Stay with bs=64 for now: bs=256 may take 0.66 of the time, but perhaps 1.6 times as long; to learn more, ask again with num_it=400 or n_batch=40.\n"),
+    (result(*[(300, 10, 9000)]*3, step_time=linear), "Stay with bs=64 for now: bs=256 may take 0.66 of the time, or at worst 1.6 times as long; to learn more, ask again with num_it=400 or n_batch=40.\n"),
     (result(*[(300, 10, 9000)]*3, step_time=linear, enough='cost'), "perhaps 1.6 times as long; more batches would cost more than they could save.\n"),
-    (result(*[(100, 17, 120)]*3, step_time=linear), "Stay with bs=64 for now: bs=128 may take 0.86 of the time, but perhaps 1.1 times as long; to learn more"),
+    (result(*[(100, 17, 120)]*3, step_time=linear), "Stay with bs=64 for now: bs=128 may take 0.86 of the time, or at worst 1.1 times as long; to learn more"),
     (result(*known), "Stay with bs=64, or try bs=512 at lr≈0.41 for 6 epochs instead of 3: about 0.25 of the steps of bs=64.\n"),
-    (result(*known, trouble='ignored'), "How fast other batch sizes are on this machine is not known: the training loader does not take another batch size."),
+    (result(*known, trouble='ignored'), "The speed of other batch sizes on this machine is not known: the training loader does not take another batch size."),
     (result(*known, trouble='failed', failed=256, error='no such size'), "is not known: a step with bs=256 fails (no such size)."),
     (result(*known, no_memory='ValueError: odd'), "What fits in memory is not known: ValueError: odd."),
     (result(*known, step_time=linear, max_bs=200), "Only about 200 examples fit in memory; larger steps, which set_bs accumulates, save no time."),
@@ -89,7 +89,7 @@ def test_of_the_noise_scale(found, bs, words):
     (result(*known, bs=16, capped=True, max_bs=16, min_bs=16, unfit='shape'), "Stay with bs=16: no larger batch works in one piece.\n"),
     (result(*known, bs=16, capped=True, max_bs=16, min_bs=16, unfit='shape'), "\nOnly batches of 16 examples work here, other sizes fail (shape)"),
     (result(*known, step_time=linear, cut_short=True), "Larger batches may be faster still, but there was no time to try them: ask again with profile=2."),
-    (result(*known, step_time=linear, timings={64: [1, 1, 2, 2., 2.5, 3]}, cut_short=True), "\nStep times are known within 21% only: other programs may be running; ask again when they are not."),
+    (result(*known, step_time=linear, timings={64: [1, 1, 2, 2., 2.5, 3]}, cut_short=True), "\nStep times are known only to within 21%, perhaps because other programs are running: ask again when they are not."),
     (result(*known, step_time=linear, lr_given=slice(.01, .1)), "at lr≈slice(0.023, 0.23) for"),
     (result(*known, step_time=linear, loss='sum'), "at lr≈0.078 for 4 epochs instead of 3"),
     (result(*known, step_time=linear, suggested=dict(mine=8)), "Train with bs=8 at lr≈0.014 for 2 epochs instead of 3: about 4.2 times the time of bs=64.\n"),
@@ -166,8 +166,8 @@ def test_sentence_tuple_picture_and_set_bs_name_the_same_size(found):
             with pytest.raises(ValueError, match='There is no batch size in|more than the 1,500 examples'): learn.set_bs(found)
 
 
-@pytest.mark.parametrize('row,regret,said', [((412.3, 300, 500), None, 'noise scale 412'), ((412.3, 300, 500), .234, 'noise scale 412, choice open by 23%'),
-                                             ((412.3, 300, inf), .5, 'noise scale at least 300, choice open by 50%'), ((412.3, .5, inf), .5, ''), ((412.3, nan, nan), .5, ''),
+@pytest.mark.parametrize('row,regret,said', [((412.3, 300, 500), None, 'noise scale 412'), ((412.3, 300, 500), .234, 'noise scale 412, choice within 23% of the best'),
+                                             ((412.3, 300, inf), .5, 'noise scale at least 300, choice within 50% of the best'), ((412.3, .5, inf), .5, ''), ((412.3, nan, nan), .5, ''),
                                              ((412.3, 300, 500), 1e9, 'noise scale 412'), ((412.3, 300, 500), nan, 'noise scale 412')])
 def test_the_comment_beside_the_progress_bar(row, regret, said):
     assert noise_scale_so_far(dict(zip(('opt_noise_scale', 'opt_lo', 'opt_hi'), row)), regret) == said
@@ -175,7 +175,7 @@ def test_the_comment_beside_the_progress_bar(row, regret, said):
 
 def test_how_many_epochs_was_set(capsys):
     plan = set_bs_summary(64, 1, 1, 24, plan=(1, 2, slice(.01, .1)))
-    assert plan == 'Batches of 64 examples, 24 steps per epoch. To get as far as in 1 epoch, train for 2 at lr≈slice(0.01, 0.1): learn.fit_one_cycle(*learn.bs_plan(1))'
+    assert plan == 'Batches of 64 examples, 24 steps per epoch. To get as far as in 1 epoch at the old size, train for 2 at lr≈slice(0.01, 0.1): learn.fit_one_cycle(*learn.bs_plan(1))'
 
 
 def test_the_table_reads_well():
