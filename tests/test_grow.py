@@ -379,9 +379,9 @@ def test_bad_input(args, words):
 
 def test_what_does_not_go_together():
     with pytest.raises(ValueError, match='take that off'): fit(digits_learner(), 1, [GradientAccumulation(32), GrowBatch()])
-    with pytest.raises(ValueError, match=r'this learner accumulates the gradients of several, 32 examples.*GrowBatch\(learn.recorder.bs_result\)'):
+    with pytest.raises(ValueError, match=r'this learner accumulates several of them to 32 examples.*GrowBatch\(learn.recorder.bs_result\)'):
         fit(digits_learner(), 1, [AccumulateGrads(32), GrowBatch()])
-    with pytest.raises(ValueError, match='this learner accumulates the gradients of several, 16 examples'): fit(digits_learner(), 1, [GrowBatch(fits=8)])
+    with pytest.raises(ValueError, match='this learner accumulates several of them to 16 examples'): fit(digits_learner(), 1, [GrowBatch(fits=8)])
 
 
 def test_an_epoch_that_is_cut_short_does_not_compound_the_learning_rate():

@@ -629,7 +629,7 @@ def test_only_the_first_process_speaks(tmp_path):
         learn.bs_find(num_it=40, n_batch=3, show_plot=False)
         print('end')
     run_processes(tmp_path, 2, lambda rank: together(rank, f, shuffle=True))
-    assert 'of the noise scale' in printed(tmp_path, 0) and 'The noise scale is' in printed(tmp_path, 0)
+    assert 'The noise scale was measured' in printed(tmp_path, 0) and 'The noise scale is' in printed(tmp_path, 0)
     assert 'noise scale' not in printed(tmp_path, 1)
 
 
