@@ -1327,6 +1327,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'fastai_bs_finder.words.noise_scale_summary': ( 'words.html#noise_scale_summary',
                                                                                         'fastai_bs_finder/words.py'),
                                         'fastai_bs_finder.words.plural': ('words.html#plural', 'fastai_bs_finder/words.py'),
+                                        'fastai_bs_finder.words.ready_made_summary': ( 'words.html#ready_made_summary',
+                                                                                       'fastai_bs_finder/words.py'),
                                         'fastai_bs_finder.words.say': ('words.html#say', 'fastai_bs_finder/words.py'),
                                         'fastai_bs_finder.words.set_bs_summary': ('words.html#set_bs_summary', 'fastai_bs_finder/words.py'),
                                         'fastai_bs_finder.words.sizes_summary': ('words.html#sizes_summary', 'fastai_bs_finder/words.py'),

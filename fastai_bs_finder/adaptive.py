@@ -141,4 +141,6 @@ def steps_interval(
     steps = np.maximum(steps_and_lr(phi, nu, at, beta)[0], min(fewest/steps0, 1))
     near = np.minimum(np.abs(np.log(np.asarray(sizes)/sizes[at]))/math.log(4), 1)
     half = np.hypot(stdtrit(max(len(phi) - 1, 1), .975)*log_error(phi, nu, at), near*math.log(error))
-    return steps,steps*np.exp(-half),steps*np.exp(half)
+    least,most = np.sort([np.ones(len(steps)), sizes[at]/np.asarray(sizes)], axis=0)  # fewer in proportion to the batch size, or as many
+    least,most = least/model_error**2,most*model_error**2
+    return steps,np.maximum(steps*np.exp(-half), np.minimum(least, steps)),np.minimum(steps*np.exp(half), np.maximum(most, steps))

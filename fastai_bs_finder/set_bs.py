@@ -18,7 +18,7 @@ from .loaders import batch_size, check_empty, check_settable, leave_out_one, lea
 from .mock import kind_of_loss
 from .processes import processes_of, unwrap
 from .result import BSResult, advised_bs, least_and_why
-from .words import as_epoch, reasons, say, set_bs_summary, stays_summary
+from .words import as_epoch, ready_made_summary, reasons, say, set_bs_summary, stays_summary
 
 # %% ../nbs/42_set_bs.ipynb #ae7019c4
 def known_fits(
@@ -130,8 +130,8 @@ def bs_plan(self:Learner,
                          "first")
     bs,run,why = _in_use(self, processes),result.run,_no_plan(result)
     if bs is None:
-        raise ValueError(f"n_epoch={n_epoch} cannot be converted: the batches of {type(self.dls.train).__name__} come ready-made, and their size is not "
-                         "known. Choose the number of epochs yourself")
+        bs = run.bs  # `set_bs` changes no such loader
+        if processes.rank == 0: say(self, ready_made_summary(type(self.dls.train).__name__, bs, n_epoch))
     if not why: return result.plan(bs, n_epoch)[:2]
     if bs == run.bs and result.failure in ('', 'biased'): return n_epoch,run.lr if run.lr_given is None else run.lr_given
     raise ValueError(f"n_epoch={n_epoch} at bs={run.bs} cannot be converted to bs={bs}: {why}")

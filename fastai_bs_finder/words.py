@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['gaps', 'ways_out', 'failures', 'hindrances', 'reasons', 'troubles', 'as_number', 'as_ratio', 'as_epoch', 'as_lr',
            'as_size', 'plural', 'as_examples', 'say', 'sizes_summary', 'bs_summary', 'noise_scale_so_far',
-           'set_bs_summary', 'stays_summary', 'noise_scale_summary', 'growth_summary', 'sweep_summary']
+           'set_bs_summary', 'ready_made_summary', 'stays_summary', 'noise_scale_summary', 'growth_summary',
+           'sweep_summary']
 
 # %% ../nbs/32_words.ipynb #cfdc2bda
 import math
@@ -206,7 +207,9 @@ def _why_stay(result):
     if result.suggested.get('fastest') != bs0 or times is None: return f"{stay}."
     if result.race and any(result.race.winner(bs) == bs0 for bs in result.race.sizes[1:]): return f"{stay}: i{_as_raced(result)}."
     best = times.time.idxmin()
-    if doubt := _doubt(times, run.regret): return _stay(result, doubt)
+    if doubt := _doubt(times, run.regret):
+        if run.enough != 'clear': return _stay(result, doubt)
+        return f"{stay}{doubt}{'' if 'or at worst' in doubt else ', but so small a gain is not certain'}."
     where = "here" if run.steps > 2*least_steps else f"in a training of {as_number(run.steps)} steps, since a schedule needs {least_steps} or so"
     return f"{stay}: no other batch size should be much faster {where}{f' (bs={best}: {as_ratio(times.time[best])} of the time)' if best != bs0 else ''}."
 
@@ -373,6 +376,15 @@ def set_bs_summary(
     before,n_epoch,lr = plan
     res += f". To get as far as in {plural(before, 'epoch')} at the old size, train for {n_epoch} at lr≈{as_lr(lr)}"
     return f"{res}: learn.fit_one_cycle(*learn.bs_plan({before}))"
+
+def ready_made_summary(
+    loader:str, # The name of its class
+    bs:int, # The batch size that `bs_find` measured at
+    n_epoch:int, # Number of epochs
+) -> str: # A sentence or two
+    "Why a plan has as many epochs as before"
+    return (f"The batches of this {loader} come ready-made, so the plan is for bs={bs}, as measured. For batches of another size it is "
+            f"learn.recorder.bs_result.plan(size, {n_epoch})[:2].")
 
 def stays_summary(
     bs:int|None, # The batch size in use; `None`: not known

@@ -2,6 +2,7 @@
 import math
 
 import numpy as np, pytest, torch
+from scipy.special import stdtrit
 from scipy.stats import gamma
 
 from fastai_bs_finder.adaptive import Elements, averaged, fewest, log_error, model_error, steps_and_lr, steps_interval
@@ -139,12 +140,15 @@ def test_interval():
     inside = 0
     for _ in range(200):
         phi = true*(1 + .3*rng.standard_normal((12, 5)))
-        steps,lo,hi = steps_interval(phi, np.ones((12, 5)), sizes, 1, beta=0., error=1.)
         pooled = (phi.mean(0)[1]/phi.mean(0))**2
-        inside += (np.abs(np.log(pooled/(true[1]/true)**2)) <= np.log(hi/steps) + 1e-9).mean()/200
+        inside += (np.abs(np.log(pooled/(true[1]/true)**2)) <= stdtrit(11, .975)*log_error(phi, np.ones((12, 5)), 1) + 1e-9).mean()/200
     assert .93 < inside < .98
     phi = np.tile(true, (3, 1))
     steps,lo,hi = steps_interval(phi, np.ones((3, 5)), sizes, 1)
     assert hi/steps == pytest.approx([model_error, 1, *[model_error]*3]) and lo*hi == pytest.approx(steps**2)
     assert steps_interval(phi, np.ones((3, 5)), sizes, 1, steps0=40)[0].min() == fewest/40
+    phi = true*np.array([[1, 1, 1, 1, 1.], [-.9, 1, -.9, .9, -.9], [1, 1, 1, 1, 1]])  # by these, next to nothing is known
+    steps,lo,hi = steps_interval(phi, np.ones((3, 5)), sizes, 1, beta=0.)
+    ratio = sizes[1]/sizes
+    assert (lo >= np.minimum(1, ratio)/model_error**2 - 1e-9).all() and (hi <= np.maximum(1, ratio)*model_error**2 + 1e-9).all() and hi[-1] > 1.9
     assert np.isnan(steps_interval(phi[:1], np.ones((1, 5)), sizes, 1)[1]).all() and np.isnan(log_error(phi[:1], phi[:1], 1)).all()

@@ -215,11 +215,13 @@ def test_no_plan_for_bad_input(n_epoch):
     with pytest.raises(ValueError, match=f'n_epoch={n_epoch!r} is not a whole number of 1 or more'): learn.bs_plan(n_epoch)
 
 
-def test_no_plan_and_no_size_for_batches_that_come_ready_made(capsys):
+def test_batches_that_come_ready_made_keep_size_and_plan(capsys):
     X,y = digits()
     learn = Learner(DataLoaders(*[[(X[:4], y[:4])]]*2), mlp(), loss_func=nn.functional.cross_entropy)
     having(learn, *known)
-    with pytest.raises(ValueError, match='the batches of list come ready-made'): learn.bs_plan(3)
+    bs = learn.recorder.bs_result.run.bs
+    assert learn.bs_plan(3) == (3, learn.recorder.bs_result.run.lr)
+    assert f'The batches of this list come ready-made, so the plan is for bs={bs}, as measured.' in ' '.join(capsys.readouterr().out.split())
     assert learn.set_bs(Sug(None, None)) is learn and 'The batch size stays what it is: ' in capsys.readouterr().out
 
 

@@ -71,6 +71,7 @@ def test_of_the_noise_scale(found, bs, words):
     (result(*known, step_time=linear, n_epoch=30), "Train with bs=192 at lr≈0.23 for 39 epochs instead of 30: about 0.64 of the time of bs=64.\n"),
     (result(*[(3000, 900, 9000)]*3, step_time={64: .01, 256: .01}, suggested=dict(fastest=256)), "Train with bs=256 at lr≈0.38 for 3 epochs, as with bs=64: about 0.25 of the time.\n"),
     (result(*known, step_time=linear), "measured with bs=64 at lr=0.1. Batch sizes from 192 to 512 are about as fast (within 10%)."),
+    (result(*[(100, 17, 120)]*3, step_time=linear, enough='clear'), "Stay with bs=64: bs=128 may take 0.86 of the time, or at worst 1.1 times as long.\n"),
     (result(*known, step_time=linear, enough='clear', spent=120), "are about as fast (within 10%). After 120 batches the choice was clear."),
     (result(*known, step_time=linear, enough='cost'), "More batches would have cost more than they could save."),
     (result(*[(600, 200, inf)]*3, step_time=linear), "This choice may take up to 24% longer than the best one: to learn more, ask again with num_it=400 or n_batch=40"),
