@@ -5,7 +5,7 @@ from pathlib import Path
 here = Path(__file__).parent
 intro = """# Results
 
-What `bs_find` and its kin are worth, measured: ratios within one run of a script, never a timed test. `make bench` measures all of it again, in under half an hour on two cores, and writes this page and those that it links to. With what `pip install -e .[bench]` installs, each script can be run alone: `.venv/bin/python benchmarks/accuracy.py`.
+What `bs_find` and its kin are worth, measured: ratios within one run of a script, never a timed test. `make bench` measures all of it again, in about half an hour on two cores, and writes this page and those that it links to. With what `pip install -e .[bench]` installs, each script can be run alone: `.venv/bin/python benchmarks/accuracy.py`.
 
 Predictions are compared with real trainings on nine tasks (`tasks.py`), at four or five batch sizes with the best learning rate of a grid for each and two seeds. These are in `training.csv`; `make training` runs them again, which takes two hours. Whether it pays is tried on eleven tasks (`recipe_tasks.py`), whose trainings are in `recipe.csv`; `make recipe` runs them again, which takes an hour. What was tried for Adam, and what did not help, is in the [log](LOG.md). The data are fastai's MNIST, ADULT_SAMPLE and CIFAR, and for the recipe its samples of MovieLens and IMDB, HUMAN_NUMBERS, scikit-learn's digits, and the tables of Rossmann and the surnames that `nbs/62_rossmann.ipynb` and `nbs/61_surnames.ipynb` tell where to get; what fastai knows and is not in `FASTAI_HOME` yet, it downloads. All of it was run on a CPU."""
 pages = 'recipe', 'stopping', 'accuracy', 'prediction', 'scaling', 'overhead', 'finders', 'growing', 'distributed', 'optimizers'
