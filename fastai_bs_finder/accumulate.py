@@ -114,20 +114,21 @@ def before_backward(self:AccumulateGrads):
     if not bs:
         raise ValueError(f"The examples of a batch cannot be counted, and AccumulateGrads weights them equally: {how_to_count}")
     self.count += bs
-    if self.count == bs >= self.n_acc: return  # a window of its own
-    weight = self._weigh()
+    self._look()
+    if self.count == bs >= self.n_acc and torch.isfinite(self.learn.loss.detach()).all(): return  # a window of its own, in which something counts
+    weight = self.batch_loss.weight(*loss_inputs(self.learn))
     if not weight: raise CancelBackwardException  # nothing in it counts, and its gradient is 0/0
     if self._weight: self._scale(self._weight/weight)
     self._weight,self._total = weight,self._total + weight
 
 @patch
-def _weigh(self:AccumulateGrads):
-    loss,inputs = self.batch_loss,loss_inputs(self.learn)
-    if not loss.kind and loss.look(*inputs) == 'between':
+def _look(self:AccumulateGrads):
+    "What the loss is"
+    loss = self.batch_loss
+    if not loss.kind and loss.look(*loss_inputs(self.learn)) == 'between':
         warnings.warn("What an example adds to this loss depends on the other examples in its batch, so accumulating several batches is not "
                       "the same as one large batch")
     if loss.gave_up: warnings.warn("This loss could not be identified: gradients are accumulated as if it were a mean over the examples")
-    return loss.weight(*inputs)
 
 @patch(as_prop=True)
 def rest_factor(self:AccumulateGrads) -> float:
