@@ -144,7 +144,7 @@ def main():
     for q in ('negative', 'covered', 'no interval', 'no upper end'): summary[q] = summary[q].map('{:.0%}'.format).where(summary[q].notna(), '')
     summary.loc['stored gradients', ['covered', 'no interval', 'no upper end']] = ''
     summary = summary[['error', 'worst', 'bias', 'negative', 'covered', 'no interval', 'no upper end', 'error, truth at the end']]
-    by_way = ', '.join('{:.2f} and {:.2f}'.format(e.error['stepping'][s], e.error['bs_find()'][s]) for s in worse)
+    by_way = '; '.join('off by {:.2f}, `bs_find()` by {:.2f}'.format(e.error['stepping'][s], e.error['bs_find()'][s]) for s in worse)
     loses = f"{', '.join(worse)} ({by_way})" if worse else ''
     bf,of_bf = per.error.unstack()['bs_find()'],df[df.way == 'bs_find()']
     worst_run = np.exp(np.abs(np.log(of_bf.noise_scale/of_bf.truth)).max())
@@ -165,7 +165,7 @@ Each answer is the average at the end of a run. Measurements of pairs are ten ti
          f"Stored gradients are the same thing, written down differently: the largest relative difference in the noise or the scale of any single measurement was {differ:.0e}, which is rounding. What differs is [the memory](scaling.md).",
          f"Stepping, as in the article, is off by a factor of {stepping.error:.1f} where its answer is positive, and its answer is negative in {stepping.negative:.0%} of the runs. Its interval does not show this error: it covers the truth in {stepping.covered:.0%} of the runs that have an interval.",
          f"Pairs at the same weights: {all_.error['pairs']:.2f} against {all_.error['bs_find()']:.2f} for `bs_find()`. From k batches come k(k − 1)/2 products of two gradients: 1 from a pair, 45 from 10 batches."],
-        [loses and f"Stepping is nearer to the truth at {loses}, where the weights hardly move: it spends every batch on measuring.",
+        [loses and f"Stepping is nearer to the truth at {loses}. There the weights hardly move, and it spends every batch on measuring.",
          f"Measuring takes steps away. In {num_it} batches `bs_find()` takes two fifths of the steps of a training, and gets less far. Its answer holds for its own mock training.",
          f"An average lags. The noise scale grows while it is measured. Against the truth at the very end, `bs_find()` is off by {all_.end['bs_find()']:.2f} rather than {all_.error['bs_find()']:.2f}."],
         f"""## All learning rates together

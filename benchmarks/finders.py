@@ -247,7 +247,7 @@ def main():
     lightning_said = (f"Lightning's power mode gives a power of two, {share('Lightning, power')} of the largest, after {number('Lightning, power', 'ooms')} out-of-memory events; binsearch takes 5 % off what it finds and gives {share('Lightning, binsearch')}, after {number('Lightning, binsearch', 'ooms')}. "
                       "Both save the model to a file and load it again.") if pl else "Lightning is not installed here, so its finder was left out: `pip install lightning`."
     ran_out = ours[ours.ooms > 0].task.unique()
-    off_line = f" It ran out at: {', '.join(ran_out)}. There the memory is no line in the batch size, or not all of a step is seen in small ones." if len(ran_out) else ''
+    off_line = f" It ran out at: {', '.join(ran_out)}. There memory does not grow linearly with the batch size, or small batches do not show all the memory that a step needs." if len(ran_out) else ''
     loops = '; '.join(f"{task}: " + ', '.join(f'{b:.0f}' for b in dict.fromkeys(d.largest)) for task,d in df.groupby('task', sort=False))
     where = (f"a GPU ({torch.cuda.get_device_name()}) of which {gpu_bytes/2**30:g} GiB were left" if cuda else
              f"**no GPU: one of {gpu_bytes/2**20:g} MiB is simulated** on the CPU. All tensors that a finder makes are counted, those on the host excepted, and an operation that goes beyond the limit raises CUDA's error. So the steps and the errors are those that a GPU would give, but for what "
@@ -261,7 +261,7 @@ def main():
          lightning_said,
          f"Accelerate's `find_executable_batch_size` goes down from where it is told to start, by a tenth each time: {share(f'Accelerate, from {start}')} of the largest, after {number(f'Accelerate, from {start}', 'ooms')} errors. Started below the limit it keeps what it was given."],
         [f"`max_bs()` as it is does not give the very largest. The nearest to it of those that fit: {winners(nearest)}.",
-         f"Less fits in fastai's own training loop than in the others: {loops} ({', '.join(dict.fromkeys('fastai' if 'max_bs' in f else f.split(',')[0].replace('Accelerate', 'a plain loop') for f in finders))}; two figures where the last two agree). A share says how good a finder is, not how much a loop can hold.",
+         f"Less fits in fastai's own training loop than in the others: {loops} ({', '.join(dict.fromkeys('fastai' if 'max_bs' in f else f.split(',')[0].replace('Accelerate', 'a plain loop') for f in finders))}). A share says how good a finder is, not how much a loop can hold.",
          "Accelerate's is the simplest of all: it needs no loader that can be re-batched, and works for any function."],
         f"""![Found, of the largest batch size that trains](finders.png)
 

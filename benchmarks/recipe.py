@@ -198,7 +198,7 @@ def page():
     write_page('recipe', 'Does it pay?', f"""Made by `benchmarks/recipe.py` from the trainings in `recipe.csv`, which it runs first (`make recipe`; tasks in `recipe_tasks.py`), {n_seeds} seed{'s'*(n_seeds > 1)}. The baseline is what a newcomer types: `lr_find().valley`, then `fit_one_cycle`. With the finder, between the two:
 `sug = learn.bs_find(lr)`, `learn.set_bs(sug)`, and `fit_one_cycle(*learn.bs_plan(n_epoch))`, from the same seed. Each is validated after every epoch. Times are of training with validation, and of the finder (`bs_find`, `set_bs`, `bs_plan`), relative to the baseline's; `lr_find` is in all of them and not counted, nor is loading the data.
 A task's trainings run one after the other in a process with one thread, two tasks at a time on two cores; they had {df.cpu.sum()/df.total.sum():.0%} of a core each.""",
-        [f"Where the baseline takes {long} s or more, {len(slow)} cases, training with the finder takes {geomean(slow.total):.2f} of its time, the finder included (geometric mean): {geomean(slow.training):.2f} for the training, {geomean(slow.finder):.2f} for the finder." if len(slow) else '',
+        [f"In the {len(slow)} cases in which the baseline, the training without `bs_find`, takes {long} s or more, training with the finder takes {geomean(slow.total):.2f} of its time, the finder included: {geomean(slow.training):.2f} for the training and {geomean(slow.finder):.2f} for the finder (geometric means, which do not add up)." if len(slow) else '',
          f"The validation metric is worse by more than a standard deviation of the baseline's over seeds in {len(worse)} of {len(c)} cases, better by more than one in {(-c.worse > c.sd).sum()}."
          if n_seeds > 1 else "Whether the validation metric is worse by more than chance, a single seed cannot tell.",
          f"`bs_find` names a fastest batch size in {found.fastest.notna().sum()} of {len(found)} calls" + (f", and refuses in {refused}, after which the training goes on as without it" if refused else '') + ". " + (f"In {late} it takes more than 60 s and more than half of the baseline's time." if late else "No call takes more than 60 s, or more than half of the baseline's time where that is longer.")],
@@ -208,7 +208,7 @@ A task's trainings run one after the other in a process with one thread, two tas
          "Small data train in seconds: whatever a finder takes is more than it can save there."],
         f"""![Total time against the validation metric](recipe.png)
 
-From the baseline (hollow) to the training with `bs_find` (filled), whose time is in it: to the left is faster, up is better. × is bs={article} with an `lr_find` of its own, + half the epochs at bs={from_}. Means over the seeds.
+Each line goes from the baseline (hollow) to the training with `bs_find` (filled), which includes the time of `bs_find`. Farther left is faster, higher is better. × is bs={article} with an `lr_find` of its own, + half the epochs at bs={from_}. Means over the seeds.
 
 {md(start_table(c))}
 

@@ -92,13 +92,13 @@ def main():
     at = df.groupby(['data', 'place'], sort=False)[['shown', 'used']].mean()
     below,above = at[at.min(axis=1) < .93],at[at.max(axis=1) > .97]
     anew = at.index.get_level_values(0).str.endswith('anew')
-    def named(at): return ', '.join(f'{d} {place}' for d,place in at.index)
+    def named(at): return ', '.join(f'{d}, {place}' for d,place in at.index)
     write_page('stopping', 'The interval at the stopping time', f"Made by `benchmarks/stopping.py`, {n_run} runs for each row. The weights stand still at three places of a training, so that there is one truth, from the gradients of all examples; "
         "measurements are taken as by default, and end by the same rule; an epoch has each example once, or, where they are 'drawn anew', any of them at any time. Step times are those of three machines, with half throughput at a batch size of 1,000, 256 and 32.",
         [f"The interval that is shown covers the truth in {df.shown.mean():.1%} of the runs, {at.shown.min():.1%} to {at.shown.max():.1%} by place in the training; the interval that decides the choice, in {df.used.mean():.1%} ({at.used.min():.1%} to {at.used.max():.1%}). Both promise 95 %.",
          f"Six measurements were enough in {(df.measurements == least_measurements).mean():.0%} of the runs; {df.clear.mean():.0%} ended with a clear choice, the others because more would have cost more than it could save."],
         [len(below) and f"Less than 93 %: {named(below)}.",
-         len(above) and f"The interval covers the truth in more than 97 % of the runs, so it is wider than it need be, at {named(above)}. Six measurements of a small data set use nearly all of its examples, each once, so their mean scatters less than independent ones would. Drawn anew, the same examples give {at.shown[anew].min():.1%} to {at.shown[anew].max():.1%}.",
+         len(above) and f"The interval covers the truth in more than 97 % of the runs, so it is wider than it need be, in {len(above)} of {len(at)} places: {named(above)}. Six measurements of a small data set use nearly all of its examples, each once, so their mean scatters less than independent ones would. Drawn anew, the same examples give {at.shown[anew].min():.1%} to {at.shown[anew].max():.1%}.",
          "Weights that move: an interval is one for the average over the measurements, and the noise scale grows along a training."],
         by.to_markdown(index=False, floatfmt=('', '', '', '.0f', '.1f', '.2f', '.3f', '.3f')))
 

@@ -112,7 +112,7 @@ def _scale(self:AccumulateGrads, w):
 def before_backward(self:AccumulateGrads):
     bs = n_examples(self.learn)
     if not bs:
-        raise ValueError(f"The examples of a batch cannot be counted, and AccumulateGrads weights them equally: {how_to_count}")
+        raise ValueError(f"The examples of a batch cannot be counted, and AccumulateGrads needs their number: {how_to_count}")
     self.count += bs
     self._look()
     if self.count == bs >= self.n_acc and torch.isfinite(self.learn.loss.detach()).all(): return  # a window of its own, in which something counts

@@ -190,7 +190,7 @@ def _told(count, learn):
     return int(n)
 
 # %% ../nbs/25_batches.ipynb #a83c1e4d
-how_to_count = ("tell how many examples a batch holds, learn.bs_find(..., count=lambda xb, yb: ...) or "
+how_to_count = ("say how many examples a batch holds, with learn.bs_find(..., count=lambda xb, yb: ...) or "
                 "learn.count_examples(lambda xb, yb: ...)")
 
 @patch

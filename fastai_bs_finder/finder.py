@@ -147,7 +147,7 @@ def _size_to_measure(dl, n_epoch, n_epoch_it):
 def why_enough(
     result:BSResult, # What is known so far
     n_epoch_it:int|None, # Number of batches of an epoch with the batch size in use; `None`: not known
-) -> str: # See `Run.enough`; empty where they are wanted
+) -> str: # See `Run.enough`; empty where more are wanted
     "Why no more measurements are wanted"
     if result.stuck: return 'stuck'
     regret,bs,run = open_by(result),fastest(result),result.run
@@ -248,6 +248,19 @@ def _one_more(result, bs, seconds, worth, race):
 
 
 # %% ../nbs/50_finder.ipynb #b5c928fe
+_lower,_most_tries = 4,2  # by what the learning rate is divided, and how many times at most
+
+def _at_a_lower_lr(found_at, cb, result, n_epoch_it):
+    "What is found at a lower learning rate, where the loss is stuck at the one that was given, and another search is cheap"
+    run,given = result.run,result.run.lr_given
+    searches = _expected*run.n_epoch*(n_epoch_it or math.inf)*run.bs/(run.spent*(run.measured_bs or run.bs))
+    for i in range(int(min(_most_tries, searches - 1))):
+        lower = scale_lr(given, _lower**(i + 1), 1, opt='sgd')
+        other_cb,other = found_at(lower)
+        if other.run.enough != 'stuck': return other_cb,other.changed(lr_stuck=given)
+        result = result.changed(enough='flat')
+    return cb,result
+
 @patch
 def bs_find(self:Learner,
     lr:float|slice|list|None=None, # Learning rate of the mock training, as in `fit`; `None`: the learner's
@@ -283,7 +296,7 @@ def bs_find(self:Learner,
                        finder=finder.__name__, regret=regret, race=race, n_epoch=n_epoch)
         if count is not None: self.count_examples(count)
         bs0,left_to_us = batch_size(dl),num_it is None and n_batch is None and processes.size == 1
-        def found_with(bs):
+        def found_with(bs, lr):
             n_it = n_epoch_it and n_epoch_it*bs0//bs if bs != bs0 else n_epoch_it
             k = default_n_batch(n_it, n_epoch, least) if n_batch is None else n_batch
             check_epoch(n_it, k, least, bs)
@@ -305,10 +318,13 @@ def bs_find(self:Learner,
             if cb.error: raise cb.error
             return cb,search.result
         bs = _size_to_measure(dl, n_epoch, n_epoch_it) if left_to_us else bs0
-        try: cb,result = found_with(bs)
-        except Exception:
-            if bs == bs0: raise
-            cb,result = found_with(bs0)  # a model, or a loss, for one batch size
+        def found_at(lr):
+            try: return found_with(bs, lr)
+            except Exception:
+                if bs == bs0: raise
+                return found_with(bs0, lr)  # a model, or a loss, for one batch size
+        cb,result = found_at(lr)
+        if result.run.enough == 'stuck' and num_it is None: cb,result = _at_a_lower_lr(found_at, cb, result, n_epoch_it)
         keep_found(self.recorder, result)  # before it is complete: a suggestion function may fail
         self.recorder.bs_layers = layer_table(self.model, cb.meter.params, np.reshape(cb.parts, (-1, 2, len(cb.meter.params))), beta)
         found = result.profile

@@ -278,7 +278,7 @@ def max_bs(self:Learner,
             mem = _estimate(self, probe, None)
             if mem is None:
                 raise ValueError(f"The training loader, a {type(self.dls.train).__name__}, does not make batches of another size when its "
-                                 "batch size is set, or they cannot be counted: "
+                                 "batch size is set, or their examples cannot be counted: "
                                  "use a fastai or PyTorch loader that makes the batches itself, with a batch size and no batch_sampler of your own")
             if check is None: check = _device(self).type == 'cuda'
             if not check and max(probe.points) <= probe.in_use and (bs := 2*probe.in_use) <= min(mem.max_bs(margin), most):

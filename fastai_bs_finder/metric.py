@@ -304,7 +304,7 @@ class Sample:
     def squares(self,
         sums, # The `GradSums` of a measurement
     ) -> torch.Tensor: # A number per element; `nan` where squares are not known by element
-        "The sums of squares of the sample, which several processes add up; of a weighted mean, what an even one with its noise would have"
+        "The sums of squares of the sample, which several processes add up; for a weighted mean, those of an unweighted one with its noise"
         weighted = sums.spread_totals is not None
         known = sums.per_element and sums.squares and (sums.weight or not weighted)
         if not known: return torch.full((len(self.elements.lrs),), torch.nan)

@@ -248,7 +248,7 @@ def _means_too_large(e):
 def out_of_memory(
     error:Exception, # What a training step raised
 ) -> bool: # Whether the batch was too large for the memory, or for an operator, on whatever device
-    "Tell errors that a smaller batch avoids from others"
+    "Is this an error that a smaller batch would avoid?"
     return any(map(_means_too_large, _errors_in(error)))
 
 def in_a_line(

@@ -200,7 +200,7 @@ class GradSums:
 
     def per_tensor(self) -> Noise: # Arrays of one row per metric and one column per parameter; they add up over the parameters
         "Complete the measurement: unbiased `noise` and `scale` of each parameter, moved to the host here"
-        if self.k < 2: raise ValueError(f"{self.k} batches: the noise can be told from the gradient with 2 or more")
+        if self.k < 2: raise ValueError(f"{self.k} batches: telling the noise from the gradient takes 2 or more")
         if all(s is None for s in self.totals): return Noise(*np.full((2, len(self.metrics), 1), math.nan))
         if self.spread_totals is not None: return self._per_tensor_weighted()
         C = torch.stack([f(self.totals) for f in self.metrics])/self.samples

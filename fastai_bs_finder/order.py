@@ -53,21 +53,26 @@ def _chance(seen, by_chance):
     below = (by_chance <= seen).sum()
     return below/len(by_chance) if below else norm.cdf((seen - by_chance.mean())/by_chance.std())
 
+def _shuffled(x, rng):
+    "Many orders of `x`, a row each"
+    return rng.permuted(np.tile(x, (_orders, 1)), axis=1)
+
 def _follow_alike(z, rng):
     "Are rows more like the next than in other orders? How probable that is by chance, and the ratio"
-    d,n = _sq_distances(z),len(z)
-    def step(order): return d[order[:-1], order[1:]].mean()
-    seen,others = step(np.arange(n)),np.array([step(rng.permutation(n)) for _ in range(_orders)])
+    d,orders = _sq_distances(z),_shuffled(np.arange(len(z)), rng)
+    seen,others = d.diagonal(1).mean(),d[orders[:, :-1], orders[:, 1:]].mean(1)
     return _chance(seen, others),seen/others.mean()
 
 def _differ(z, others, rng):
     "Are two samples from different places? How probable that is by chance, and the ratio of squared distances within them to those across"
     z = z[::-(-len(z)//_most_compared)]
-    d,n = _sq_distances(torch.cat([z, others])),len(z)
-    def within(o): return d[np.ix_(o, o)].sum()/(len(o)*(len(o) - 1))
-    def ratio(order): return (within(order[:n]) + within(order[n:]))/2/d[np.ix_(order[:n], order[n:])].mean()
-    seen,by_chance = ratio(np.arange(len(d))),np.array([ratio(rng.permutation(len(d))) for _ in range(_orders)])
-    return _chance(seen, by_chance),seen
+    d,n,m = _sq_distances(torch.cat([z, others])),len(z),len(others)
+    first = np.arange(n + m) < n
+    a = np.vstack([first, _shuffled(first, rng)]).astype(float)  # a row per division into two samples
+    b = 1 - a
+    def total(a, b): return ((a @ d)*b).sum(1)
+    ratios = (total(a, a)/(n*(n - 1)) + total(b, b)/(m*(m - 1)))/2/(total(a, b)/(n*m))
+    return _chance(ratios[0], ratios[1:]),ratios[0]
 
 class BatchOrder:
     "Notes what batches consist of, and tells whether they were drawn at random"

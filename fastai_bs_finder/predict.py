@@ -28,7 +28,7 @@ def implied_noise_scale(
     steps:float, # Ratio of the numbers of steps
     bs:float, # The new batch size
     bs0:float, # The batch size it is compared with
-) -> float: # The noise scale: 0 where the steps are as many or there is no other size, infinite where they are in proportion
+) -> float: # The noise scale: 0 where both sizes take as many steps or are the same, infinite where steps fall in proportion to the size
     "The noise scale with which `rel_steps` is `steps`"
     none,all_ = 1.,bs0/bs  # what noise scales of 0 and without bound give
     if min(none, all_) < steps < max(none, all_): return (1 - steps)/(steps/bs0 - 1/bs)
@@ -70,7 +70,7 @@ def scale_lr(
     for name,x in dict(bs=bs, new_bs=new_bs, noise_scale=noise_scale).items():
         if x is None: continue
         if not isinstance(x, Real) or not (x > 0 or x == 0 and name == 'noise_scale'):
-            raise ValueError(f"{name}={x!r} is not a number above 0")
+            raise ValueError(f"{name}={x!r} is not a number above 0{', or 0' if name == 'noise_scale' else ''}")
     factor = (1/rel_steps(new_bs, bs, math.inf if noise_scale is None else noise_scale))**exponents[opt]
     if loss == 'sum' and opt == 'sgd': factor *= bs/new_bs
     def scaled(x): return x if x is None else x*factor

@@ -99,8 +99,9 @@ class Run:
     first_loss:float = math.nan # Training loss of the first batch
     n_epoch:int = 3 # Number of epochs that a training has at the batch size in use
     regret:float = .1 # How much longer than the fastest a choice may take, at its worst, to be clear
-    enough:str = '' # Why no more measurements were wanted: 'clear', the choice is; 'cost', they would cost more than they could save; 'stuck', the loss is
-    stopped:str = '' # Why it stopped early, a key of `words.stops`
+    enough:str = '' # Why no more measurements were wanted: 'clear', the choice is; 'cost', they would cost more than they could save; 'stuck', the loss is; 'flat', it is at lower learning rates, too
+    lr_stuck:float|slice|list|None = None # A higher learning rate that was tried first, and with which the loss was stuck; `None`: there was none
+    stopped:str = '' # Why it stopped early: 'loss' or 'first loss' (see `words.failures`), or 'ended'
     stopped_by:int = 0 # Rank of the process that stopped
     missing:str = '' # Why a measurement was not completed, a key of `words.gaps`
     biased:bool = False # Did every batch step, as in the first finder for fastai?
@@ -167,7 +168,7 @@ class ByElement:
 
     def relative_to(self,
         bs0:int, # A batch size
-        steps0:float=math.inf, # Number of steps of a training with it, which no training gets far below, see `steps_interval`
+        steps0:float=math.inf, # Number of steps of a training with it; sets the floor for all sizes, see `steps_interval`
     ) -> dict|None: # Logarithms of steps, their ends with and without the error of the rule, and learning rates, by name; `None`: not known
         "What every one of `sizes` takes relative to `bs0`"
         phi,nu,x = np.array(self.phi),np.array(self.nu),np.log(self.sizes)
@@ -228,7 +229,7 @@ def _as_size(x): return int(x) if isinstance(x, Real) and not isinstance(x, bool
 def advised_bs(
     suggested:dict|tuple, # Batch sizes by the names of the functions that suggested them, or what `bs_find` returned
 ) -> int|None: # `None` where there is none
-    "The batch size to train with: `fastest`; where that was not asked for `critical`, else the first that is one"
+    "The batch size to train with: `fastest`; if that was not asked for, `critical`; else the first that is a batch size"
     by_name = suggested if isinstance(suggested, dict) else suggested._asdict()
     if 'fastest' in by_name: return _as_size(by_name['fastest'])
     return next((bs for n in ['critical', *by_name] if (bs := _as_size(by_name.get(n)))), None)
@@ -270,7 +271,7 @@ class BSResult(Result):
 
     @property
     def failure(self) -> str:
-        "Why the mock training is none to go by, a key of `words.failures`; empty where it is"
+        "Why the mock training is no guide, a key of `words.failures`; empty where it is one"
         run = self.run
         if run.stopped in ('loss', 'first loss'): return run.stopped
         if run.biased: return 'biased'
@@ -362,10 +363,11 @@ class BSResult(Result):
     ) -> dict|None: # See `compare`; `None` where the noise scale is not known at all
         "What a training to the same loss takes at `bs`, relative to the batch size in use"
         if self.noise_scale_ahead is None: return
-        lr = self.run.lr if self.run.lr_given is None else self.run.lr_given
+        lr = lr0 = self.run.lr if self.run.lr_given is None else self.run.lr_given
         noise_scale = self.noise_scale_for(bs, with_error=True)
         if self._elements and bs != self.run.bs: lr = scale_lr(lr, 1, self._element('lr', bs)*self._element('steps', bs)**.5, opt='sgd')  # beside the root rule
         row = compare(bs, self.run.bs, noise_scale, lr, self.run.opt, self.step_time, self.profile.max_bs, self.run.n, self.run.loss)
+        if self.run.lr_stuck is not None and bs > self.run.bs: row['lr'] = lr0  # the next higher one that was tried is too high
         if self._elements is None or bs == self.run.bs: return row
         for end,name in ('lo', 'low'), ('hi', 'high'):  # real trainings leave the bounds of 1 + B/b
             factor = self._element(name, bs)/self._element('steps', bs)
@@ -408,7 +410,7 @@ class BSResult(Result):
     def times(self,
         reach:float=1., # Multiple of the largest batch size that was timed, up to which there is a prediction; `foreseen` at most
     ) -> pd.DataFrame|None: # By batch size: `time` of a training of `run.n_epoch` epochs, `worst`, `regret`; `None` where there is no telling
-        "Predicted time at each batch size that fits in one piece, relative to the size in use, see `plan`; the worst of it in the interval; see `regrets`"
+        "Predicted time at each size that fits in one piece, relative to the size in use; its worst in the interval; see `plan`, `regrets`"
         res = self._times
         return res if res is None else res[(res.index == self.run.bs) | (res.index <= reach*max(self.profile.step_time))]
 

@@ -294,7 +294,7 @@ def _undo_grad(t, requires_grad, grad):
 
 @patch
 def restore(self:Snapshot):
-    "Put everything back; may be called more than once. What cannot be put back holds up nothing else: a tensor is warned about, else it is raised at the end"
+    "Put everything back; may be called more than once. A failure does not hold up the rest: a warning for a tensor, else raised at the end"
     errors = []
     with torch.no_grad(), _plainly():
         for undo in [partial(self._end_workers, sys.exc_info()[1]), *reversed(self._undo), *(partial(_undo_grad, *o) for o in self._tensors)]:
@@ -317,7 +317,7 @@ def training_tensors(
 def no_footprint(
     learn:Learner, # The learner that is used inside the `with` block
 ):
-    "Leave `learn` exactly as it was when the block ends, or breaks off by whatever exception"
+    "When the block ends, or any exception breaks it off, put `learn` back exactly as it was before"
     ctrl_c = CtrlC()
     try:
         snapshot = Snapshot(learn)

@@ -398,7 +398,7 @@ class NoiseScale(AsideCallback):
     order,run_valid = AccumulateGrads.order + 1,False
     def __init__(self,
         every:int=1, # Number of training batches from one measurement to the next, at least
-        n_batch:int=8, # Number of batches per measurement, 2 or more; a window of accumulated gradients is one, and some steps of several processes are
+        n_batch:int=8, # Batches per measurement, 2 or more; with accumulation a measurement is a window, in several processes some steps
         beta:float=.9, # EMA factor over measurements, in [0, 1)
         share:float|None=.04, # Part of the training time that measurements may take, in (0, 1], beyond one per epoch; `None`: as much as it takes
     ):

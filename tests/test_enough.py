@@ -12,6 +12,7 @@ from fastai_bs_finder.all import *
 from fastai_bs_finder.demo import digits_learner
 from footprint import assert_no_footprint, changes, forget, state
 from fastai_bs_finder.result import BSResult
+from fastai_bs_finder.words import as_lr
 from results import result
 from test_footprint import rich_learner
 from test_profile import Clock, Stubborn, Takes
@@ -23,8 +24,8 @@ def clock(monkeypatch):
     for room in (finder, memory, mock, profile_room): monkeypatch.setattr(room, 'time', Clock())
 
 
-def find(learn, *args, **kwargs):
-    with learn.no_bar(), learn.no_logging(): learn.bs_find(.1, *args, show_plot=False, **dict(race=False) | kwargs)
+def find(learn, *args, lr=.1, **kwargs):
+    with learn.no_bar(), learn.no_logging(): learn.bs_find(lr, *args, show_plot=False, **dict(race=False) | kwargs)
     return learn.recorder.bs_result
 
 
@@ -62,8 +63,35 @@ def test_or_until_nothing_is_learned_any_more(monkeypatch):
     assert finder.why_enough(result(*drowned), 100) == 'stuck' and finder.why_enough(result(*known), 100) == ''
     assert str(result(*drowned, enough='stuck')).startswith("Stay with bs=64 for now; the training loss has stopped falling, and a lower lr may tell more.")
     monkeypatch.setattr(BSResult, 'stuck', property(lambda self: len(self) >= 8))
-    r = find(close(), n_epoch=10**5, regret=1e-4)
-    assert r.run.enough == 'stuck' and len(r) == 8
+    r = find(close(), 200, n_epoch=10**5, regret=1e-9)  # a bound is one for all that is tried
+    assert r.run.enough == 'stuck' and len(r) == 8 and r.run.lr == .1
+    costly = result(*drowned, enough='stuck', spent=100, lr_given=.1)
+    assert finder._at_a_lower_lr(None, 'a callback', costly, 500) == ('a callback', costly)
+
+
+@pytest.mark.parametrize('lr,too_high,tries', [(.1, .1, 2), (.1, .02, 3), (slice(.01, .1), .1, 2)])
+def test_a_stuck_training_starts_again_with_a_lower_learning_rate(monkeypatch, lr, too_high, tries):
+    monkeypatch.setattr(BSResult, 'stuck', property(lambda self: self.run.lr >= too_high))
+    searches,start = [],finder._Search.start
+    monkeypatch.setattr(finder._Search, 'start', lambda self, bs: (searches.append(self.lr), start(self, bs)))
+    def search(learn): find(learn, lr=lr, n_epoch=1000)
+    assert_no_footprint(lambda: rich_learner(cbs=Takes(.01, 1e-6)), search, lambda learn: learn.fit(1, .1))
+    searches.clear()
+    search(learn := clear())
+    r,lower = learn.recorder.bs_result,scale_lr(lr, 4**(tries - 1), 1, opt='sgd')
+    assert searches == [scale_lr(lr, 4**i, 1, opt='sgd') for i in range(tries)] and r.run.lr_stuck == lr and r.run.lr_given == lower
+    assert r.plan(256)[1] == lower and r.plan(16)[1] == lower and as_lr(r.plan(4)[1]) != as_lr(lower)
+    text = ' '.join(str(r).split())
+    assert f'Train with bs={r.advised} at lr≈{as_lr(lower)} for' in text and f', because at lr={as_lr(lr)} the training loss stopped falling.' in text
+    stays = r.changed(suggested=dict(fastest=16))
+    assert str(stays).startswith(f'Stay with bs=16 at lr={as_lr(lower)}')
+
+
+def test_a_training_that_is_stuck_at_any_learning_rate_says_so(monkeypatch):
+    monkeypatch.setattr(BSResult, 'stuck', property(lambda self: len(self) >= 8))
+    r = find(close(), n_epoch=10**5, regret=1e-9)
+    assert (r.run.enough, r.run.lr, r.run.lr_stuck) == ('flat', .1, None)
+    assert 'the training loss has stopped falling, at lower learning rates, too' in str(result(*[(1000, 0, inf)]*8, enough='flat'))
 
 
 @pytest.mark.parametrize('bs,num_it,bound', [(16, None, 200), (4, None, 375), (16, 130, 130), (4, 130, 130)])

@@ -39,8 +39,8 @@ def test_requirements_are_those_of_the_package():
 
 
 def test_version_and_requirements_for_conda_and_citations():
-    conda,cite = (yaml.safe_load((root/f).read_text()) for f in ('conda/meta.yaml', 'CITATION.cff'))
-    assert conda['package']['version'] == cite['version'] == fastai_bs_finder.__version__
+    conda,cite = (yaml.safe_load((root/f).read_text()) for f in ('conda/recipe.yaml', 'CITATION.cff'))
+    assert conda['context']['version'] == cite['version'] == fastai_bs_finder.__version__
     names = dict(torch='pytorch', matplotlib='matplotlib-base')
     project = pytest.importorskip('tomllib').loads((root/'pyproject.toml').read_text())['project']  # from Python 3.11 on
     wanted = [re.match(r'([\w-]+)(.*)', r).groups() for r in [f"python{project['requires-python']}", *project['dependencies']]]

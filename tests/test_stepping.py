@@ -33,7 +33,7 @@ def test_every_batch_steps_only_on_request():
     assert warned[0].filename == __file__
     assert list(learn.recorder.bs_stats.batch) == [10, 20, 30, 40, 50, 60] and len(steps) == 60
     assert learn.recorder.bs_result.run.biased and learn.recorder.bs_result.run.n_train == 0
-    assert 'Stay with bs=16: this number is biased, since the optimizer stepped after every batch; it is for comparison only.' in str(learn.recorder.bs_result)
+    assert 'Stay with bs=16: this noise scale is biased, since the optimizer stepped after every batch: for comparison only.' in str(learn.recorder.bs_result)
     with warnings.catch_warnings():
         warnings.simplefilter('error', UserWarning)
         _,steps,learn = spied(lambda learn: learn.bs_find(.1, 60, show_plot=False, profile=False))

@@ -48,12 +48,12 @@ lost = Race([64, 192], [100, 60], 1.23, [.41, .47], [0, .01])
     (small((90, nan, nan)), 96, '1 measurement is too few to say how sure that is.'),
     (small((90, nan, nan), suggest=(critical,)), 96, 'Stay with bs=16 for now (bs=96 is a guess); to learn more'),
     (small((-90, nan, nan), (-80, nan, nan)), None, 'is not known yet'),
-    (small(*[(900, 700, 1100)]*3, biased=True), 1024, 'Stay with bs=16: this number is biased, since the optimizer stepped after every batch; it is for comparison only.'),
+    (small(*[(900, 700, 1100)]*3, biased=True), 1024, 'Stay with bs=16: this noise scale is biased, since the optimizer stepped after every batch: for comparison only.'),
     (small(), None, 'Stay with bs=16 for now; to learn more, ask again with num_it=200.'),
     (small(missing='no gradient'), None, 'No measurement of 10 batches was completed: no batch gave a gradient.'),
     (small(missing='ended'), None, 'Stay with bs=16 for now; to learn more, ask again with n_batch=5.'),
     (small(*[(100, 80, 130)]*3, stopped='loss', spent=61), 96, 'Lower lr, then ask again: the loss was not finite after 61 of 100 batches, at lr=0.1.'),
-    (small(stopped='first loss', spent=1), None, 'Look for missing or infinite values in the data: the loss was not finite, and no step was made yet.'),
+    (small(stopped='first loss', spent=1), None, 'Look for missing or infinite values in the data: the loss was not finite before the first step.'),
     (small(*[(100, 80, 130)]*3, lr=0), 96, 'Ask again with the lr that you train with: nothing was trained with lr=0'),
     (small(*[(100, 80, 130)]*3, first_loss=.3), 96, 'Lower lr, then ask again: the training loss rose from 0.3 to 1, at lr=0.1.'),
     (small(*[(100, 80, 130)]*3, loss='between'), None, 'Try some batch sizes with learn.bs_sweep(): what an example adds'),
@@ -120,7 +120,7 @@ def test_of_several_processes():
     few = str(result(*known, bs=60, processes=4, step_time={60: .01, 250: .011}))
     assert 'bs=60 (4 processes × 15)' in few and 'Train with bs=192 (4 processes × 48) at' in few
     assert 'bs=64 (3 processes × 22, 66 in all)' in str(result(*known, bs=64, processes=3))
-    assert 'no step was made yet (rank 2).' in str(result(processes=4, stopped='first loss', stopped_by=2))
+    assert 'before the first step (rank 2).' in str(result(processes=4, stopped='first loss', stopped_by=2))
 
 
 sizes = st.none() | st.integers(1, 3000) | st.just(nan)
