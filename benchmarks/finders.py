@@ -241,10 +241,11 @@ def main():
     def span(name, q, text): return ' to '.join(dict.fromkeys(text(at.loc[name][q].agg(f)) for f in ('min', 'max')))
     def share(name): return span(name, 'of_largest', '{:.0%}'.format)
     def number(name, q): return span(name, q, '{:.0f}'.format)
+    def times(name): return 'once' if (n := number(name, 'ooms')) == '1' else f'{n} times'
     ours,theirs = df[df.finder.str.startswith('max_bs')],df[~df.finder.str.startswith('max_bs')]
     nearest = df[df.fits == 'yes'].pipe(lambda d: d.loc[d.groupby('task', sort=False).of_largest.idxmax()])
     def winners(d): return '; '.join(f'{r.task}: {r.finder}' for r in d.itertuples())
-    lightning_said = (f"Lightning's power mode gives a power of two, {share('Lightning, power')} of the largest, after {number('Lightning, power', 'ooms')} out-of-memory events; binsearch takes 5 % off what it finds and gives {share('Lightning, binsearch')}, after {number('Lightning, binsearch', 'ooms')}. "
+    lightning_said = (f"Lightning's power mode gives a power of two, {share('Lightning, power')} of the largest, and runs out of memory {times('Lightning, power')} on the way; binsearch takes 5 % off what it finds and gives {share('Lightning, binsearch')}, and runs out {times('Lightning, binsearch')}. "
                       "Both save the model to a file and load it again.") if pl else "Lightning is not installed here, so its finder was left out: `pip install lightning`."
     ran_out = ours[ours.ooms > 0].task.unique()
     off_line = f" It ran out at: {', '.join(ran_out)}. There memory does not grow linearly with the batch size, or small batches do not show all the memory that a step needs." if len(ran_out) else ''
@@ -261,7 +262,7 @@ def main():
          lightning_said,
          f"Accelerate's `find_executable_batch_size` goes down from where it is told to start, by a tenth each time: {share(f'Accelerate, from {start}')} of the largest, after {number(f'Accelerate, from {start}', 'ooms')} errors. Started below the limit it keeps what it was given."],
         [f"`max_bs()` as it is does not give the very largest. The nearest to it of those that fit: {winners(nearest)}.",
-         f"Less fits in fastai's own training loop than in the others: {loops} ({', '.join(dict.fromkeys('fastai' if 'max_bs' in f else f.split(',')[0].replace('Accelerate', 'a plain loop') for f in finders))}). A share says how good a finder is, not how much a loop can hold.",
+         f"Less fits in fastai's own training loop than in the others: {loops} ({', '.join(dict.fromkeys('fastai' if 'max_bs' in f else f.split(',')[0].replace('Accelerate', 'a plain loop') for f in finders))}; where there are two figures, the last two agree). A share says how good a finder is, not how much a loop can hold.",
          "Accelerate's is the simplest of all: it needs no loader that can be re-batched, and works for any function."],
         f"""![Found, of the largest batch size that trains](finders.png)
 

@@ -18,7 +18,7 @@ class SteppingFinder(BSFinder):
             raise ValueError("bs_find_stepping compares with the article's finder, which works in a single process: call it outside of distrib_ctx, "
                              "or call learn.bs_find")
         super().__init__(num_it, n_batch, beta, n_train or 0, pbar)
-        warnings.warn(biased, stacklevel=5)
+        warnings.warn(biased, stacklevel=6)
 
     def stand_still(self): pass
     def step_with(self, mean): pass

@@ -983,6 +983,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'fastai_bs_finder.result._as_size': ('result.html#_as_size', 'fastai_bs_finder/result.py'),
                                          'fastai_bs_finder.result._from_plain': ('result.html#_from_plain', 'fastai_bs_finder/result.py'),
                                          'fastai_bs_finder.result._last': ('result.html#_last', 'fastai_bs_finder/result.py'),
+                                         'fastai_bs_finder.result._last_lr': ('result.html#_last_lr', 'fastai_bs_finder/result.py'),
                                          'fastai_bs_finder.result._plain': ('result.html#_plain', 'fastai_bs_finder/result.py'),
                                          'fastai_bs_finder.result._within': ('result.html#_within', 'fastai_bs_finder/result.py'),
                                          'fastai_bs_finder.result.advised_bs': ('result.html#advised_bs', 'fastai_bs_finder/result.py'),

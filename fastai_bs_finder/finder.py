@@ -252,18 +252,18 @@ _lower,_most_tries,_most_of_training = 10,2,.2  # by what the learning rate is d
 
 def _at_a_lower_lr(found_at, cb, result, n_epoch_it):
     "What is found at a lower learning rate, where the loss is stuck at the one that was given"
-    run,given,spent = result.run,result.run.lr_given,result.run.spent
+    run,given = result.run,result.run.lr_given
     searches = _most_of_training*run.n_epoch*(n_epoch_it or math.inf)*run.bs/(run.spent*(run.measured_bs or run.bs))
     for i in range(int(min(_most_tries, searches - 1))):
-        other_cb,other = found_at(scale_lr(given, _lower**(i + 1), 1, opt='sgd'), spent)
+        other_cb,other = found_at(scale_lr(given, _lower**(i + 1), 1, opt='sgd'))
         if other.run.enough != 'stuck': return other_cb,other.changed(lr_stuck=given)
-        result,spent = result.changed(enough='flat'),spent + other.run.spent
+        result = result.changed(enough='flat')
     return cb,result
 
 @patch
 def bs_find(self:Learner,
     lr:float|slice|list|None=None, # Learning rate of the mock training, as in `fit`; `None`: the learner's
-    num_it:int|None=None, # Number of batches to spend at most; `None`: an epoch or 200, whichever is more
+    num_it:int|None=None, # Number of batches to spend at most; `None`: an epoch or 200, whichever is more, with each learning rate that it tries
     n_batch:int|None=None, # Number of batches per measurement, 2 or more; with several processes, 1 or more on each. `None`: 10, fewer in a short epoch
     beta:float=.9, # EMA factor over measurements, in [0, 1)
     n_train:int|None=None, # Number of ordinary training steps between measurements; `None`: as many as `n_batch`, or half as many where that is `None`, too
@@ -295,12 +295,12 @@ def bs_find(self:Learner,
                        finder=finder.__name__, regret=regret, race=race, n_epoch=n_epoch)
         if count is not None: self.count_examples(count)
         bs0,left_to_us = batch_size(dl),num_it is None and n_batch is None and processes.size == 1
-        def found_with(bs, lr, spent=0):
+        def found_with(bs, lr):
             n_it = n_epoch_it and n_epoch_it*bs0//bs if bs != bs0 else n_epoch_it
             k = default_n_batch(n_it, n_epoch, least) if n_batch is None else n_batch
             check_epoch(n_it, k, least, bs)
             between = k//2 if n_batch is None and n_train is None else n_train
-            cb = in_step(finder, self)(max(n_it or 0, least_bound) - spent if num_it is None else num_it, k, beta, between)
+            cb = in_step(finder, self)(max(n_it or 0, least_bound) if num_it is None else num_it, k, beta, between)
             shows_bar = processes.rank == 0 and any(isinstance(o, progress.ProgressCallback) for o in self.cbs)
             cb.pbar = bar = progress.progress_bar(range(cb.num_it), leave=False) if shows_bar else None
             if share and regret: cb.enough = lambda: 'pause' if len(cb.rows) == least_measurements else ''
@@ -317,11 +317,11 @@ def bs_find(self:Learner,
             if cb.error: raise cb.error
             return cb,search.result
         bs = _size_to_measure(dl, n_epoch, n_epoch_it) if left_to_us else bs0
-        def found_at(lr, spent=0):
-            try: return found_with(bs, lr, spent)
+        def found_at(lr):
+            try: return found_with(bs, lr)
             except Exception:
                 if bs == bs0: raise
-                return found_with(bs0, lr, spent)  # a model, or a loss, for one batch size
+                return found_with(bs0, lr)  # a model, or a loss, for one batch size
         cb,result = found_at(lr)
         if result.run.enough == 'stuck' and num_it is None: cb,result = _at_a_lower_lr(found_at, cb, result, n_epoch_it)
         keep_found(self.recorder, result)  # before it is complete: a suggestion function may fail

@@ -99,7 +99,7 @@ class Run:
     first_loss:float = math.nan # Training loss of the first batch
     n_epoch:int = 3 # Number of epochs that a training has at the batch size in use
     regret:float = .1 # How much longer than the fastest a choice may take, at its worst, to be clear
-    enough:str = '' # Why no more measurements were wanted: 'clear', the choice is; 'cost', they would cost more than they could save; 'stuck', the loss is; 'flat', it is at lower learning rates, too
+    enough:str = '' # Why no more were wanted: the choice is 'clear'; they 'cost' more than they save; the loss is 'stuck', or 'flat' at lower lrs, too
     lr_stuck:float|slice|list|None = None # A higher learning rate that was tried first, and with which the loss was stuck; `None`: there was none
     stopped:str = '' # Why it stopped early: 'loss' or 'first loss' (see `words.failures`), or 'ended'
     stopped_by:int = 0 # Rank of the process that stopped
@@ -224,6 +224,8 @@ def mean_noise_scale(
     return mean,min(mean, noiseless_mean(sure.lo, bs)),max(mean, hi)
 
 # %% ../nbs/21_result.ipynb #946d6a02
+def _last_lr(lr): return lr.stop if isinstance(lr, slice) else np.ravel(lr)[-1]
+
 def _as_size(x): return int(x) if isinstance(x, Real) and not isinstance(x, bool) and 1 <= x < math.inf and x == int(x) else None
 
 def advised_bs(
@@ -245,6 +247,7 @@ def _within(mean, lo, hi):
     return [mean, *np.geomspace(lo, max(min(hi, 1e3*mean), lo), 16), hi]
 
 about_as_fast = .05  # share of the time that is not worth a change
+_most_above = 2  # times the learning rate that works, where the next higher one that was tried does not
 _in_sight = 2  # times the largest size that was timed: so far a size may be called about as fast
 foreseen = 4  # times the largest size that was timed: what is expected beyond is wrong too often to be considered
 
@@ -367,7 +370,7 @@ class BSResult(Result):
         noise_scale = self.noise_scale_for(bs, with_error=True)
         if self._elements and bs != self.run.bs: lr = scale_lr(lr, 1, self._element('lr', bs)*self._element('steps', bs)**.5, opt='sgd')  # beside the root rule
         row = compare(bs, self.run.bs, noise_scale, lr, self.run.opt, self.step_time, self.profile.max_bs, self.run.n, self.run.loss)
-        if self.run.lr_stuck is not None and bs > self.run.bs: row['lr'] = lr0  # the next higher one that was tried is too high
+        if self.run.lr_stuck is not None: row['lr'] = min(row['lr'], scale_lr(lr0, 1, _most_above, opt='sgd'), key=_last_lr)
         if self._elements is None or bs == self.run.bs: return row
         for end,name in ('lo', 'low'), ('hi', 'high'):  # real trainings leave the bounds of 1 + B/b
             factor = self._element(name, bs)/self._element('steps', bs)
