@@ -87,6 +87,9 @@ def beyond_fit(n, n_batch, most, room):
     return row
 
 
+def listed(x): return ' and '.join(filter(None, [', '.join(map(str, x[:-1])), *map(str, x[-1:])]))
+
+
 def millions(n): return f'{n/1e6:g} million'
 
 
@@ -123,7 +126,7 @@ def main():
         by_size[millions(n)] = dict(fit=f'{fit/n_it*1e3:.3g} ms') | r.to_dict()
         print(n, by_size[millions(n)], flush=True)
     learn = learner(10**6, max(n_batches))
-    _,r = ratios(learn, {(way, k): partial(f, learn, k) for k in n_batches for way,f in (('bs_find(n_train=0)', finding), ('storing', storing))}, 1)
+    _,r = ratios(learn, {(way, k): partial(f, learn, k) for k in n_batches for way,f in (('bs_find(n_train=0)', finding), ('storing', storing))}, args.rounds)
     by_k = pd.DataFrame({k: {way: r[way, k] for way in ('bs_find(n_train=0)', 'storing')} for k in n_batches}).T.rename_axis('n_batch')
     print(by_k, flush=True)
     del learn
@@ -143,7 +146,7 @@ Compared are a plain `fit`, forward and backward alone (no optimizer, no fastai:
 step after every batch, which takes longer. `bs_find` is without its profile, which takes a fifth of its time on top by default.""",
         [f"`bs_find(n_train=0)` takes {ours.min():.2f} to {ours.max():.2f} of the time of `fit`, storing every gradient {theirs.min():.2f} to {theirs.max():.2f}, forward and backward alone {floor_.min():.2f} to {floor_.max():.2f}. The first two can be faster than training, since a measurement takes a single optimizer step.",
          f"For the memory of `bs_find` the number of batches does not matter: it takes the memory of {(memory.bs_find - 3).min():.2f} to {(memory.bs_find - 3).max():.2f} gradients beyond the copy of weights and Adam's state, and that number changes by at most {spread:.2f} from the smallest to the largest `n_batch`. Storing takes `n_batch` gradients: with `n_batch={max(n_batches)}` and {millions(sizes[-1])} parameters, {stored_bytes(sizes[-1], max(n_batches))/1e9:.0f} GB."],
-        [f"Storing is faster with {' and '.join(by_size.index[theirs < ours]) or 'none of these numbers of'} parameters, and with 1 million at n_batch={' and '.join(map(str, quicker)) or 'none of these'}. In addition, `bs_find` computes the noise scale in Adam's own metric and that of every parameter, checks for values that are not finite, and copies the learner's state and puts it back.",
+        [f"Storing is faster with {listed(by_size.index[theirs < ours]) or 'none of these numbers of'} parameters, and with 1 million at n_batch={listed(quicker) or 'none of these'}. In addition, `bs_find` computes the noise scale in Adam's own metric and that of every parameter, checks for values that are not finite, and copies the learner's state and puts it back.",
          f"What does not depend on the number of batches weighs most in the runs of the smallest model, where all batches of a `fit` take {40*float(by_size.fit.iloc[0].split()[0]):.0f} ms.",
          len(less) and f"Storing takes less memory where `n_batch` is {', '.join(map(str, sorted(set(less.n_batch))))}: `bs_find` pays for its copy there."],
         f"""![Time against parameters, memory against batches](scaling.png)
@@ -156,7 +159,7 @@ With `n_batch=10`, and an epoch of 40 batches (20 from 10 million parameters on)
 
 {show(by_size)}
 
-With 1 million parameters, and {max(n_batches)} batches, in one round:
+With 1 million parameters, and {max(n_batches)} batches, medians of {args.rounds} rounds:
 
 {show(by_k)}
 
