@@ -154,14 +154,14 @@ def _failed(result):
                                            size=_size(run), where=f' (rank {run.stopped_by})' if run.processes > 1 else '',
                                            first=first, last=loss.iloc[-1] if len(loss) else math.nan)
 
-def _lowered(run): return '' if run.lr_stuck is None else f" at lr={as_lr(run.lr_given)}"
+def _as_it_is(run): return _size(run) + ('' if run.lr_stuck is None else f" at lr={as_lr(run.lr_given)}")
 
 def _stay(result, why=''):
     "To stay for now, and how to learn more"
     more = {'cost': "more batches would cost more than they could save",
             'stuck': "the training loss has stopped falling, and a lower lr may tell more",
             'flat': "the training loss has stopped falling, at lower learning rates, too"}.get(result.run.enough) or f"to learn more, {_more(result)}"
-    return f"Stay with {_size(result.run)}{_lowered(result.run)} for now{why}; {more}."
+    return f"Stay with {_as_it_is(result.run)} for now{why}; {more}."
 
 def _of(ratio, what): return f"{'about ' if ratio >= .01 else ''}{as_ratio(ratio)} {'of' if ratio <= 1 else 'times'} the {what}"
 
@@ -180,7 +180,7 @@ def _about_right(result, bs):
 
 def _without_times(result, bs, how):
     "What a batch size gains in steps"
-    size = as_size(result.run.bs, result.run.processes)
+    size = _as_it_is(result.run)
     if not _about_right(result, bs):
         if result.plan(bs)[0] <= 2*result.run.n_epoch*result.at_bs(bs)['epochs']: return _train(result, bs, how)
         return f"Stay with {size}: a training with {as_size(bs, result.run.processes)} would have too few steps."
@@ -207,7 +207,7 @@ def _doubt(times, regret):
 def _why_stay(result):
     "Why the size in use is the best"
     run,bs0,times = result.run,result.run.bs,result.times()
-    stay = f"Stay with {as_size(bs0, run.processes)}{_lowered(run)}"
+    stay = f"Stay with {_as_it_is(run)}"
     if result.suggested.get('fastest') != bs0 or times is None: return f"{stay}."
     if result.race and any(result.race.winner(bs) == bs0 for bs in result.race.sizes[1:]): return f"{stay}: i{_as_raced(result)}."
     best = times.time.idxmin()
@@ -220,7 +220,7 @@ def _why_stay(result):
 def _what_to_do(result):
     "The first line"
     run,bs,last = result.run,result.advised,_last(result)[0]
-    size = as_size(run.bs, run.processes)
+    size = _as_it_is(run)
     if last is None: return _stay(result)
     if not last.noise > 0: return f"Stay with {size}: there is no noise that a larger batch would average away."
     if not last.hi > 0 or result.mean_noise_scale is None: return _stay(result, f" (bs={bs} is a guess)" if bs and bs != run.bs else '')

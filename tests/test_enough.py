@@ -86,6 +86,8 @@ def test_a_stuck_training_starts_again_with_a_lower_learning_rate(monkeypatch, l
     assert f'Train with bs={r.advised} at lr≈{as_lr(r.plan(r.advised)[1])} for' in text and f', because at lr={as_lr(lr)} the training loss stopped falling.' in text
     stays = r.changed(suggested=dict(fastest=16))
     assert str(stays).startswith(f'Stay with bs=16 at lr={as_lr(lower)}')
+    untimed = r.changed(suggested=dict(critical=256, fastest=None), step_time={})
+    assert str(untimed).startswith(f'Stay with bs=16 at lr={as_lr(lower)}, or try bs=256')
 
 
 def test_a_training_that_is_stuck_at_any_learning_rate_says_so(monkeypatch):
